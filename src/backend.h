@@ -1,0 +1,37 @@
+// Backend: what a kind of device gives to the library, as one struct of functions. The CPU is always there; CUDA is
+// there when it was built. Only registry.cpp knows which.
+#pragma once
+
+#include <string>
+
+#include "flashcore/device.h"
+#include "flashcore/memory.h"
+#include "kernels/kernel.h"
+
+namespace flashcore::detail {
+
+struct Backend {
+  DeviceType type;
+
+  int (*device_count)();                       // 0 and a reason where nothing is usable; never throws
+  std::string (*no_device_reason)();
+  DeviceInfo (*device_info)(int index);        // index is in range
+  MemoryResource& (*system_resource)(int index);
+  bool (*is_capturing)(Stream stream);         // true while the stream records a graph
+  void (*copy_to_host)(void* host, const void* device, std::size_t bytes, int index, Stream stream);  // synchronises
+  void (*synchronize)(int index, Stream stream);
+
+  void (*merge_states)(const MergeParams&, int index, Stream stream);
+  void (*vector_add)(const ArrayParams& a, const ArrayParams& b, const ArrayParams& out, int index, Stream stream);
+  void (*reduce)(const ReduceParams&, int index, Stream stream);
+
+  const KernelTable* tables;                   // best first; the reference row is the last row of the last table
+  int table_count;
+};
+
+/// The backend of a device type; null if this build has none.
+const Backend* find_backend(DeviceType type);
+/// The same; throws Unsupported where there is none or where the index is out of range.
+const Backend& backend_of(Device device);
+
+}  // namespace flashcore::detail

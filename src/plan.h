@@ -1,0 +1,36 @@
+// Plan: the answer to a Problem on a device. make_plan is pure: it reads no device and allocates no device memory, so
+// it runs (and is tested) anywhere.
+#pragma once
+
+#include <array>
+#include <string>
+#include <string_view>
+
+#include "problem.h"
+#include "workspace.h"
+
+namespace flashcore {
+struct DeviceInfo;
+}
+
+namespace flashcore::detail {
+
+struct Kernel;
+
+struct Plan {
+  const Kernel* kernel = nullptr;
+  Problem problem = {};
+  Device device = {};
+  int splits = 1;                          // parts that the keys are cut into
+  WorkspaceLayout workspace = {};
+  std::array<std::size_t, 4> slices = {};  // offsets of the kernel's workspace slices, in the kernel's own order
+};
+
+/// Chooses the first row of the registry that supports the problem. `wanted` restricts the choice to rows of that
+/// name (see matches()); empty means any. Throws Unsupported with every row's reason.
+Plan make_plan(const Problem& problem, const DeviceInfo& device, std::string_view wanted = {});
+
+/// The plan in words: line, kernel, workspace, then each row that was passed over and why. Never throws Unsupported.
+std::string explain_plan(const Problem& problem, const DeviceInfo& device, std::string_view wanted = {});
+
+}  // namespace flashcore::detail

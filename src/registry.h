@@ -1,0 +1,22 @@
+// The registry: every kernel row of this build in order of preference, and the rules by which a row is refused.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backend.h"
+
+namespace flashcore::detail {
+
+/// Rows of one device type, best first.
+std::vector<const Kernel*> kernels_of(DeviceType type);
+
+/// True where `wanted` is the row's name, or whole leading or trailing words of it: "reference" and "cuda" both match
+/// "cuda.reference". Empty matches every row.
+bool matches(std::string_view name, std::string_view wanted);
+
+/// Why `kernel` does not take the problem; empty if it does.
+std::string refusal(const Kernel& kernel, const Problem& problem, const DeviceInfo& device);
+
+}  // namespace flashcore::detail
