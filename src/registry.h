@@ -10,11 +10,14 @@
 namespace flashcore::detail {
 
 /// Rows of one device type, best first.
-std::vector<const Kernel*> kernels_of(DeviceType type);
+const std::vector<const Kernel*>& kernels_of(DeviceType type);
 
 /// True where `wanted` is the row's name, or whole leading or trailing words of it: "reference" and "cuda" both match
 /// "cuda.reference". Empty matches every row.
 bool matches(std::string_view name, std::string_view wanted);
+
+/// The part of the question that bits answer: phase, dtype and features. `features` is features_of(problem).
+bool fits_by_kind(const Kernel& kernel, const Problem& problem, FeatureSet features);
 
 /// Why `kernel` does not take the problem; empty if it does.
 std::string refusal(const Kernel& kernel, const Problem& problem, const DeviceInfo& device);

@@ -1,0 +1,30 @@
+// The CUDA backend: the runtime's functions, the primitives and the kernel tables, best first.
+#include "backend.h"
+
+#include "../kernels/common/common.h"
+#include "../kernels/reference/reference.h"
+#include "runtime.h"
+
+namespace flashcore::detail {
+
+const Backend& cuda_backend() {
+  static const KernelTable tables[] = {reference::table()};
+  static const Backend backend = {
+      .type = DeviceType::cuda,
+      .device_count = cuda::device_count,
+      .no_device_reason = cuda::no_device_reason,
+      .device_info = cuda::device_info,
+      .system_resource = cuda::system_resource,
+      .is_capturing = cuda::is_capturing,
+      .copy_to_host = cuda::copy_to_host,
+      .synchronize = cuda::synchronize,
+      .merge_states = common::merge_states,
+      .vector_add = common::vector_add,
+      .reduce = common::reduce,
+      .tables = tables,
+      .table_count = 1,
+  };
+  return backend;
+}
+
+}  // namespace flashcore::detail

@@ -1,0 +1,81 @@
+// Device memory from the CUDA runtime, copies to the host, and the state of streams.
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "runtime.h"
+
+namespace flashcore::cuda {
+namespace {
+
+/// cudaMallocAsync; cudaMalloc where the driver has no memory pools.
+class DeviceMemory final : public MemoryResource {
+ public:
+  explicit DeviceMemory(int index) : index_(index) {
+    int supported = 0;
+    check(cudaDeviceGetAttribute(&supported, cudaDevAttrMemoryPoolsSupported, index), "reading a device attribute");
+    stream_ordered_ = supported != 0;
+  }
+
+  void* allocate(std::size_t bytes, Stream stream) override {
+    const DeviceGuard guard(index_);
+    void* data = nullptr;
+    const cudaError_t status = stream_ordered_ ? cudaMallocAsync(&data, bytes, stream) : cudaMalloc(&data, bytes);
+    check(status, ("allocating " + std::to_string(bytes) + " bytes on cuda:" + std::to_string(index_)).c_str());
+    return data;
+  }
+
+  void deallocate(void* data, std::size_t, Stream stream) noexcept override {
+    try {
+      const DeviceGuard guard(index_);
+      const cudaError_t status = stream_ordered_ ? cudaFreeAsync(data, stream) : cudaFree(data);
+      if (status != cudaSuccess) cudaGetLastError();
+    } catch (...) {
+      // The process is ending or the context is lost: the memory went with it.
+    }
+  }
+
+ private:
+  int index_;
+  bool stream_ordered_ = false;
+};
+
+std::vector<std::unique_ptr<DeviceMemory>>* make_resources() {
+  auto* resources = new std::vector<std::unique_ptr<DeviceMemory>>;
+  for (int i = 0; i < device_count(); ++i) resources->push_back(std::make_unique<DeviceMemory>(i));
+  return resources;
+}
+
+}  // namespace
+
+MemoryResource& system_resource(int index) {
+  // Never destroyed: buffers may outlive every other static object.
+  static const auto* const resources = make_resources();
+  return *resources->at(static_cast<std::size_t>(index));
+}
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+    cudaGetLastError();  // the legacy stream beside a capturing one: it records nothing itself
+    return false;
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void copy_to_host(void* host, const void* device, std::size_t bytes, int index, Stream stream) {
+  if (bytes == 0) return;
+  const DeviceGuard guard(index);
+  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream), "copying to the host");
+  check(cudaStreamSynchronize(stream), "waiting for a copy to the host");
+}
+
+void synchronize(int index, Stream stream) {
+  const DeviceGuard guard(index);
+  check(cudaStreamSynchronize(stream), "waiting for a stream");
+}
+
+}  // namespace flashcore::cuda
