@@ -15,7 +15,9 @@ namespace flashcore {
 
 struct AttentionPlan::State {
   State(const detail::Call& call, const AttentionOptions& given)
-      : kernel_name(given.kernel), options(given), plan(detail::make_plan(call.problem, device_info(call.device), given.kernel)) {
+      : kernel_name(given.kernel),
+        options(given),
+        plan(detail::make_plan(call.problem, device_info(call.device), given.kernel)) {
     options.kernel = kernel_name;
     detail::log_plan(plan, device_info(call.device));
   }

@@ -20,6 +20,7 @@ struct Backend {
   bool (*is_capturing)(Stream stream);         // true while the stream records a graph
   void (*copy_to_host)(void* host, const void* device, std::size_t bytes, int index, Stream stream);  // synchronises
   void (*synchronize)(int index, Stream stream);
+  bool (*wait_for_all)(int index);             // for every stream; false if CUDA refused (graph capture)
 
   void (*merge_states)(const MergeParams&, int index, Stream stream);
   void (*vector_add)(const ArrayParams& a, const ArrayParams& b, const ArrayParams& out, int index, Stream stream);

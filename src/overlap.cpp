@@ -68,7 +68,7 @@ struct Extent {
   std::int64_t size = 0;   // bytes of an element
   int rank = 0;
   Term dims[kMaxRank] = {};
-  bool fits = true;        // false: it reaches farther than any address
+  bool fits = true;  // false: it reaches farther than any address
 };
 
 bool is_empty(const TensorView& t) {
@@ -86,7 +86,7 @@ Extent extent_of(const TensorView& t) {
     if (most == 0) continue;
     if (__builtin_mul_overflow(t.stride[i], e.size, &stride) || __builtin_mul_overflow(stride, most, &span) ||
         (span < 0 && (__builtin_add_overflow(e.begin, span, &e.begin) || __builtin_sub_overflow(0, span, &span))) ||
-        __builtin_add_overflow(e.last, span, &e.last) || e.last > kFarthest) {
+        __builtin_add_overflow(e.last, span, &e.last) || e.last > kFarthest || e.begin < -kFarthest) {
       e.fits = false;
       return e;
     }
@@ -102,11 +102,11 @@ bool may_overlap(const TensorView& a, const TensorView& b) {
   const Extent x = extent_of(a);
   const Extent y = extent_of(b);
   if (!x.fits || !y.fits) return true;
+  const auto before = [](const Extent& p, const Extent& q) { return p.begin + p.last + p.size <= q.begin; };
+  if (before(x, y) || before(y, x)) return false;
   // Some byte is common if  x.begin + Σ n·stride + byte  ==  y.begin + Σ m·stride + byte.  Counting y's terms down
   // from their largest values turns both sides into one sum.
-  std::int64_t target = 0;
-  if (__builtin_sub_overflow(y.begin, x.begin, &target)) return false;
-  if (__builtin_add_overflow(target, y.last + (y.size - 1), &target)) return false;
+  const std::int64_t target = y.begin - x.begin + y.last + y.size - 1;
   BoundedSum sum;
   bool fits = sum.add(1, x.size - 1 + y.size - 1);
   for (int i = 0; fits && i < x.rank; ++i)

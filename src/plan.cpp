@@ -64,7 +64,8 @@ std::string nearest(const Problem& problem, const DeviceInfo& device, std::strin
 std::string refusals(const Problem& problem, const DeviceInfo& device, std::string_view wanted, const Kernel* chosen) {
   std::string text;
   for (const Kernel* row : kernels_of(device.device.type)) {
-    if (row == chosen) continue;
+    // A name may stand for several rows, one for each phase; the chosen name is not among the refused.
+    if (chosen && std::string_view(row->name) == chosen->name) continue;
     std::string reason = refusal(*row, problem, device);
     if (reason.empty())
       reason = matches(row->name, wanted) ? "fits, but stands after the chosen one" : "fits, but was not asked for";

@@ -134,6 +134,10 @@ void normalise(Problem& p) {
   }
   if (p.causal == CausalRule::top_left && is_fixed_length(p) && p.size.seqlen_q == p.size.seqlen_k)
     p.causal = CausalRule::bottom_right;
+  // A bound that no pair of positions can reach is none.
+  const std::int64_t reach = p.size.seqlen_q + p.size.seqlen_k;
+  if (p.window_left >= reach) p.window_left = -1;
+  if (p.window_right >= reach) p.window_right = -1;
   // The causal rule ends at the diagonal, which no right bound of a window passes.
   if (p.causal != CausalRule::none) p.window_right = -1;
   // A single query aligned bottom-right sits on the last key: nothing lies to its right.
@@ -198,7 +202,9 @@ class LineReader {
 
  private:
   [[noreturn]] void fail(const std::string& what) const {
-    throw InvalidArgument("problem line \"" + std::string(line_) + "\": " + what + "\n" + problem_line_help());
+    std::string message = "problem line \"";
+    message.append(line_).append("\": ").append(what).append("\n").append(problem_line_help());
+    throw InvalidArgument(message);
   }
 
   void read_word(std::string_view word) {

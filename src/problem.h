@@ -39,7 +39,7 @@ enum Feature : std::uint32_t {
   kDbias = 1u << 18,
   kDsinks = 1u << 19,
   kDeterministic = 1u << 20,
-  kUnaligned = 1u << 21,  // a row of some tensor does not start on a 16-byte boundary
+  kUnaligned = 1u << 21,  // some tensor's rows do not all start on 16-byte boundaries, or run backwards or repeat
   kCausalTopLeft = 1u << 22,
 };
 using FeatureSet = std::uint32_t;

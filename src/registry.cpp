@@ -44,12 +44,11 @@ const std::vector<const Kernel*>& kernels_of(DeviceType type) {
 }
 
 bool matches(std::string_view name, std::string_view wanted) {
-  if (wanted.empty() || name == wanted) return true;
-  if (name.size() <= wanted.size()) return false;
-  const bool leads = name.substr(0, wanted.size()) == wanted && name[wanted.size()] == '.';
-  const std::size_t rest = name.size() - wanted.size();
-  const bool trails = name.substr(rest) == wanted && name[rest - 1] == '.';
-  return leads || trails;
+  if (wanted.empty()) return true;
+  const auto word_ends = [name](std::size_t at) { return at == name.size() || name[at] == '.'; };
+  for (std::size_t at = name.find(wanted); at != std::string_view::npos; at = name.find(wanted, at + 1))
+    if ((at == 0 || name[at - 1] == '.') && word_ends(at + wanted.size())) return true;
+  return false;
 }
 
 bool fits_by_kind(const Kernel& kernel, const Problem& problem, FeatureSet features) {

@@ -70,7 +70,7 @@ Rows TensorReader::rows(const TensorView& t, const char* name) {
     throw InvalidArgument(std::string(name) + " must have shape " + dimensions_of(layout_) + " in layout \"" +
                           name_of(layout_) + "\", got " + describe(t));
   require_device(t, name);
-  if (t.shape[rank - 1] > 1 && t.stride[rank - 1] != 1)
+  if (t.numel() > 0 && t.shape[rank - 1] > 1 && t.stride[rank - 1] != 1)
     throw InvalidArgument(std::string(name) + ": the last dimension must be contiguous (stride 1), got stride " +
                           std::to_string(t.stride[rank - 1]) + "; make a contiguous copy of it");
   Rows r;
@@ -85,7 +85,8 @@ Rows TensorReader::rows(const TensorView& t, const char* name) {
   r.params.batch = layout_ == Layout::thd ? 0 : stride(0);
   r.params.head = stride(heads);
   r.params.seq = stride(seq);
-  if (!rows_aligned(t)) unaligned_ = true;
+  const bool forward = r.params.batch >= 0 && r.params.head >= 0 && (r.seq <= 1 || r.params.seq > 0);
+  if (!forward || !rows_aligned(t)) unaligned_ = true;
   return r;
 }
 

@@ -50,7 +50,7 @@ class TensorReader {
   /// Null data, outputs that overlap. `check_null` is off while planning.
   void finish(bool check_null) const;
 
-  /// True if some row of a tensor of `rows` does not start on a 16-byte boundary.
+  /// True if some row of a tensor of `rows` does not start on a 16-byte boundary, or rows run backwards or repeat.
   bool unaligned() const { return unaligned_; }
 
  private:

@@ -125,7 +125,7 @@ void CallBuilder::take_caches(const DecodeInputs& in) {
     read_.require_device(in.block_table, "block_table");
     read_.require_dtype(in.block_table, "block_table", {DType::int32});
     const TensorView& t = in.block_table;
-    if (t.rank != 2 || t.shape[0] != q.batch || (t.shape[1] > 1 && t.stride[1] != 1))
+    if (t.rank != 2 || t.shape[0] != q.batch || (t.numel() > 0 && t.shape[1] > 1 && t.stride[1] != 1))
       throw InvalidArgument("block_table must have shape (" + std::to_string(q.batch) +
                             ", max_pages) with contiguous rows, got " + describe(t));
     if (k.seq < 1) throw InvalidArgument("a paged cache needs pages of at least 1 key, got " + describe(in.k_cache));
@@ -182,7 +182,7 @@ void CallBuilder::take_rotary(const Rotary& rotary, const TensorView& q) {
     throw InvalidArgument("rotary_cos and rotary_sin must have one shape (positions, rotary_dim / 2) with rotary_dim at "
                           "most head_dim " + std::to_string(size().head_dim) + ", got " + describe(c) + " and " +
                           describe(s));
-  if (c.shape[1] > 1 && (c.stride[1] != 1 || s.stride[1] != 1))
+  if (c.numel() > 0 && c.shape[1] > 1 && (c.stride[1] != 1 || s.stride[1] != 1))
     throw InvalidArgument("rotary_cos and rotary_sin must have contiguous rows");
   RotaryParams& r = params().rotary;
   r = {c.data, s.data, c.dtype, c.stride[0], s.stride[0], c.shape[0], static_cast<std::int32_t>(2 * c.shape[1]),

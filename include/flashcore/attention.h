@@ -65,7 +65,7 @@ struct AttentionOptions {
   double dropout_p = 0;              ///< probability in [0, 1) of dropping a weight; the rest is scaled by 1/(1−p)
   std::uint64_t seed = 0;            ///< of dropout: the same seed drops the same (batch, head, query, key) everywhere
   bool deterministic = false;        ///< backward: bitwise the same from run to run, in linear workspace
-  std::string_view kernel = {};      ///< a kernel by name, or the start or end of one; default: the best that fits
+  std::string_view kernel = {};      ///< a kernel by name or by whole words of one ("sm90"); default: the best
 };
 
 /// Packed sequences of different lengths ("varlen"), and lengths shorter than the tensors.

@@ -36,6 +36,9 @@ FLASHCORE_API std::string no_device_reason();
 /// Properties of a device. Throws InvalidArgument for an ordinal that does not exist.
 FLASHCORE_API const DeviceInfo& device_info(Device device = {DeviceType::cuda, 0});
 
+/// Waits until the work queued on `stream` so far is done. Does nothing on the CPU. No other function waits.
+FLASHCORE_API void synchronize(Device device, Stream stream = nullptr);
+
 /// True if this build holds CUDA kernels.
 FLASHCORE_API bool built_with_cuda() noexcept;
 

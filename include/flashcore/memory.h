@@ -56,7 +56,8 @@ class FLASHCORE_API PoolResource final : public MemoryResource {
   void deallocate(void* data, std::size_t bytes, Stream stream) noexcept override;
 
   MemoryStats stats() const;
-  /// Returns every cached block to upstream.
+  /// Waits for the device and returns every cached block to upstream. Not while a stream of the device is captured into
+  /// a graph: waiting ends the capture, and the blocks then stay cached.
   void empty_cache() noexcept;
 
  private:
@@ -87,7 +88,7 @@ FLASHCORE_API void set_workspace_resource(Device device, std::shared_ptr<MemoryR
 
 /// Statistics of flashcore's own pool on `device`.
 FLASHCORE_API MemoryStats memory_stats(Device device);
-/// Gives every block that flashcore's own pools keep for reuse back to the system.
+/// Gives every block that flashcore's own pools keep for reuse back to the system; PoolResource::empty_cache for each.
 FLASHCORE_API void empty_cache() noexcept;
 
 /// Memory that frees itself: bytes of one device, taken from a resource and given back to it on the same stream.

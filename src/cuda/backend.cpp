@@ -1,14 +1,17 @@
 // The CUDA backend: the runtime's functions, the primitives and the kernel tables, best first.
 #include "backend.h"
 
+#include <iterator>
+
 #include "../kernels/common/common.h"
 #include "../kernels/reference/reference.h"
+#include "../kernels/sm90/sm90.h"
 #include "runtime.h"
 
 namespace flashcore::detail {
 
 const Backend& cuda_backend() {
-  static const KernelTable tables[] = {reference::table()};
+  static const KernelTable tables[] = {sm90::table(), reference::table()};
   static const Backend backend = {
       .type = DeviceType::cuda,
       .device_count = cuda::device_count,
@@ -18,11 +21,12 @@ const Backend& cuda_backend() {
       .is_capturing = cuda::is_capturing,
       .copy_to_host = cuda::copy_to_host,
       .synchronize = cuda::synchronize,
+      .wait_for_all = cuda::wait_for_all,
       .merge_states = common::merge_states,
       .vector_add = common::vector_add,
       .reduce = common::reduce,
       .tables = tables,
-      .table_count = 1,
+      .table_count = static_cast<int>(std::size(tables)),
   };
   return backend;
 }

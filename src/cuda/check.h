@@ -14,8 +14,8 @@ namespace flashcore::cuda {
 inline void check(cudaError_t status, const char* doing) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  const std::string what =
-      std::string("CUDA failed at ") + doing + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")";
+  const std::string what = std::string("CUDA failed at ") + doing + ": " + cudaGetErrorString(status) + " (" +
+                           cudaGetErrorName(status) + ")";
   if (status == cudaErrorMemoryAllocation) throw OutOfMemory(what);
   throw CudaError(static_cast<int>(status), what);
 }

@@ -78,4 +78,14 @@ void synchronize(int index, Stream stream) {
   check(cudaStreamSynchronize(stream), "waiting for a stream");
 }
 
+bool wait_for_all(int index) {
+  try {
+    const DeviceGuard guard(index);
+    check(cudaDeviceSynchronize(), "waiting for the device");
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
 }  // namespace flashcore::cuda

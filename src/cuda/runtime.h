@@ -17,5 +17,6 @@ MemoryResource& system_resource(int index);
 bool is_capturing(Stream stream);
 void copy_to_host(void* host, const void* device, std::size_t bytes, int index, Stream stream);
 void synchronize(int index, Stream stream);
+bool wait_for_all(int index);
 
 }  // namespace flashcore::cuda

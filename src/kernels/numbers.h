@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
+#if defined(FLASHCORE_HD)  // a translation unit may have chosen a linkage of its own
+#elif defined(__CUDACC__)
 #define FLASHCORE_HD __host__ __device__ inline
 #else
 #define FLASHCORE_HD inline
@@ -103,6 +104,24 @@ FLASHCORE_HD void store(Float16& target, float x) {
     target.bits = sign | static_cast<std::uint16_t>((rounded - 0x38000000u) >> 13);
   }
 #endif
+}
+
+/// Saturates at 448, the largest value: the format has no infinity.
+FLASHCORE_HD void store(Float8E4M3& target, float x) {
+  const std::uint32_t u = bits_of(x);
+  const std::uint8_t sign = static_cast<std::uint8_t>(u >> 24 & 0x80u);
+  const std::uint32_t magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    target.bits = sign | 0x7fu;
+  } else if (magnitude >= 0x43e00000u) {  // 448 or more
+    target.bits = sign | 0x7eu;
+  } else if (magnitude < 0x3c800000u) {  // subnormal, in steps of 2^-9: let a float addition do the rounding
+    const float shifted = float_of(magnitude) + 16384.0f;
+    target.bits = sign | static_cast<std::uint8_t>(bits_of(shifted) - bits_of(16384.0f));
+  } else {
+    const std::uint32_t rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u);
+    target.bits = sign | static_cast<std::uint8_t>((rounded - (120u << 23)) >> 20);
+  }
 }
 
 /// What sums are taken in for values stored as T.

@@ -36,7 +36,9 @@ FLASHCORE_HD std::uint32_t dropout_word(std::uint64_t seed, std::int64_t batch, 
                                         std::int64_t query, std::int64_t key) {
   const Philox4 r = philox(static_cast<std::uint32_t>(key >> 2), static_cast<std::uint32_t>(query),
                            static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(batch), seed);
-  return r.word[key & 3];
+  const std::uint32_t low = key & 1 ? r.word[1] : r.word[0];  // not r.word[key & 3]: registers have no index
+  const std::uint32_t high = key & 1 ? r.word[3] : r.word[2];
+  return key & 2 ? high : low;
 }
 
 }  // namespace flashcore::detail

@@ -44,6 +44,7 @@ FLASHCORE_HD Sequence sequence_of(const Params& p, std::int64_t batch) {
 
 /// Finds the sequence that owns packed query row `row` (varlen). Returns -1 for a row that no sequence owns.
 FLASHCORE_HD std::int64_t batch_of_row(const Params& p, std::int64_t row) {
+  if (p.size.batch == 0) return -1;
   std::int64_t low = 0;
   std::int64_t high = p.size.batch;
   while (low + 1 < high) {  // the last batch whose first row is at most `row`
@@ -55,7 +56,7 @@ FLASHCORE_HD std::int64_t batch_of_row(const Params& p, std::int64_t row) {
     }
   }
   const Sequence s = sequence_of(p, low);
-  return p.size.batch > 0 && row >= s.q_begin && row < s.q_begin + s.seqlen_q ? low : -1;
+  return row >= s.q_begin && row < s.q_begin + s.seqlen_q ? low : -1;
 }
 
 /// Element offset of a query-side row (q, out, dout, dq).
@@ -93,8 +94,8 @@ FLASHCORE_HD KeyRange visible_keys(const PositionParams& p, const Sequence& s, s
   const std::int64_t diagonal = i + (p.top_left ? 0 : s.seqlen_k - s.seqlen_q);
   KeyRange r{0, s.seqlen_k};
   if (p.causal && diagonal + 1 < r.end) r.end = diagonal + 1;
-  if (p.window_right >= 0 && diagonal + p.window_right + 1 < r.end) r.end = diagonal + p.window_right + 1;
-  if (p.window_left >= 0 && diagonal - p.window_left > r.begin) r.begin = diagonal - p.window_left;
+  if (p.window_right >= 0 && p.window_right < r.end - diagonal - 1) r.end = diagonal + p.window_right + 1;
+  if (p.window_left >= 0 && p.window_left < diagonal - r.begin) r.begin = diagonal - p.window_left;
   return r;
 }
 

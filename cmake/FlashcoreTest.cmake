@@ -1,0 +1,59 @@
+# GoogleTest, the testing variant of the library, and how tests are found and labelled.
+find_package(GTest QUIET)
+set(FLASHCORE_HAVE_GTEST ${GTest_FOUND})
+if(NOT GTest_FOUND)
+  message(WARNING "flashcore: GoogleTest was not found, so the C++ tests are left out. "
+    "Install it (Debian: apt install libgtest-dev) or set GTest_ROOT; -DFLASHCORE_TESTS=OFF silences this.")
+  return()
+endif()
+include(GoogleTest)
+
+# The objects of the library again, in an archive: tests reach private functions, which the shared library hides, and
+# nothing is compiled twice.
+function(flashcore_add_testing_library)
+  get_property(targets DIRECTORY ${PROJECT_SOURCE_DIR} PROPERTY BUILDSYSTEM_TARGETS)
+  list(FILTER targets INCLUDE REGEX "^flashcore_kernels_")
+  set(objects $<TARGET_OBJECTS:flashcore>)
+  foreach(target IN LISTS targets)
+    list(APPEND objects $<TARGET_OBJECTS:${target}>)
+  endforeach()
+  add_library(flashcore_testing STATIC ${objects})
+  set_target_properties(flashcore_testing PROPERTIES LINKER_LANGUAGE CXX)
+  target_include_directories(flashcore_testing PUBLIC ${PROJECT_SOURCE_DIR}/include)
+  target_compile_features(flashcore_testing PUBLIC cxx_std_20)
+  target_compile_definitions(flashcore_testing PUBLIC
+    $<TARGET_PROPERTY:flashcore,INTERFACE_COMPILE_DEFINITIONS>)
+  if(FLASHCORE_HAVE_CUDA)
+    target_link_libraries(flashcore_testing PUBLIC CUDA::cudart_static)
+  endif()
+endfunction()
+
+# Tests with "cuda" in their name get the label cuda; the small ones among them, fit for compute-sanitizer, get
+# cuda.sanitizer (`ctest -L cuda` takes both, since it looks for parts of labels). Tests are found when ctest starts,
+# so that the device is that of the day.
+function(flashcore_discover_tests program)
+  set(large "*ReferenceShapes*:*SameBits*")
+  gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
+    TEST_FILTER "-*cuda*:*Cuda*" PROPERTIES TIMEOUT 300)
+  gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
+    TEST_FILTER "*cuda*:*Cuda*:-${large}" PROPERTIES TIMEOUT 300 LABELS cuda.sanitizer)
+  gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
+    TEST_FILTER "*ReferenceShapes*cuda*:*SameBits*cuda*" PROPERTIES TIMEOUT 300 LABELS cuda)
+endfunction()
+
+# Installs the build into a prefix of its own, then configures, builds and runs install/ against it.
+function(flashcore_add_install_test)
+  set(work ${CMAKE_CURRENT_BINARY_DIR}/install_test)
+  add_test(NAME install.prefix
+    COMMAND ${CMAKE_COMMAND} --install ${PROJECT_BINARY_DIR} --prefix ${work}/prefix --config $<CONFIG>)
+  add_test(NAME install.consumer
+    COMMAND ${CMAKE_CTEST_COMMAND}
+      --build-and-test ${CMAKE_CURRENT_SOURCE_DIR}/install ${work}/build
+      --build-generator ${CMAKE_GENERATOR} --build-makeprogram ${CMAKE_MAKE_PROGRAM} --build-noclean
+      --build-options
+        -DCMAKE_PREFIX_PATH=${work}/prefix -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}
+        -DCMAKE_BUILD_TYPE=Release -DFLASHCORE_EXPECTED_VERSION=${PROJECT_VERSION}
+      --test-command consumer)
+  set_tests_properties(install.prefix PROPERTIES FIXTURES_SETUP flashcore_prefix TIMEOUT 120)
+  set_tests_properties(install.consumer PROPERTIES FIXTURES_REQUIRED flashcore_prefix TIMEOUT 300)
+endfunction()

@@ -1,0 +1,584 @@
+// Memory: the system resources, the pool, callbacks, the workspace resource and Buffer.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "flashcore/flashcore.h"
+#include "support/random.h"
+#include "support/test_device.h"
+
+namespace flashcore {
+namespace {
+
+using testing::test_devices;
+using testing::TestStream;
+
+constexpr Device kCpu = {DeviceType::cpu, 0};
+constexpr Device kCuda = {DeviceType::cuda, 0};
+constexpr std::size_t kUnlimited = std::numeric_limits<std::size_t>::max();
+
+struct Call {
+  std::size_t bytes;
+  Stream stream;
+  bool operator==(const Call&) const = default;
+};
+
+/// Host memory that writes down what it was asked, with no more than `limit` bytes out at a time.
+class CountingResource final : public MemoryResource {
+ public:
+  void* allocate(std::size_t bytes, Stream stream) override {
+    const std::lock_guard lock(mutex);
+    ++attempts;
+    if (bytes > limit - live_bytes) throw OutOfMemory("no room for " + std::to_string(bytes));
+    void* data = system_resource(kCpu).allocate(bytes, nullptr);
+    allocated.push_back({bytes, stream});
+    live[data] = bytes;
+    live_bytes += bytes;
+    return data;
+  }
+
+  void deallocate(void* data, std::size_t bytes, Stream stream) noexcept override {
+    const std::lock_guard lock(mutex);
+    const auto found = live.find(data);
+    wrong_deallocations += found == live.end() || found->second != bytes;
+    if (found == live.end()) return;
+    live_bytes -= found->second;
+    live.erase(found);
+    freed.push_back({bytes, stream});
+    system_resource(kCpu).deallocate(data, bytes, nullptr);
+  }
+
+  std::mutex mutex;
+  std::size_t limit = kUnlimited;
+  std::size_t live_bytes = 0;
+  int attempts = 0;
+  int wrong_deallocations = 0;
+  std::vector<Call> allocated;
+  std::vector<Call> freed;
+  std::map<void*, std::size_t> live;
+};
+
+/// A pool for CUDA streams whose memory is the host's: its book-keeping can be tested without a GPU. Without one the
+/// streams are numbers that nothing looks into.
+class StreamPoolTest : public ::testing::Test {
+ protected:
+  void TearDown() override {
+    pool.reset();
+    EXPECT_EQ(upstream.wrong_deallocations, 0);
+    EXPECT_EQ(upstream.live_bytes, 0u);
+  }
+
+  static Stream stream_or(const TestStream& stream, std::uintptr_t number) {
+    return stream.get() ? stream.get() : reinterpret_cast<Stream>(number);
+  }
+
+  const TestStream first_{test_devices().back()};
+  const TestStream second_{test_devices().back()};
+  const Stream first = stream_or(first_, 0x100);
+  const Stream second = stream_or(second_, 0x200);
+  CountingResource upstream;
+  std::unique_ptr<PoolResource> pool = std::make_unique<PoolResource>(upstream, kCuda);
+};
+
+TEST_F(StreamPoolTest, ReusesAFreedBlock) {
+  void* const data = pool->allocate(1000, first);
+  pool->deallocate(data, 1000, first);
+  EXPECT_EQ(pool->allocate(1000, first), data);
+  EXPECT_EQ(upstream.allocated.size(), 1u);
+  pool->deallocate(data, 1000, first);
+}
+
+TEST_F(StreamPoolTest, ABlockInUseIsNotHandedOutAgain) {
+  void* const a = pool->allocate(1000, first);
+  void* const b = pool->allocate(1000, first);
+  EXPECT_NE(a, b);
+  pool->deallocate(a, 1000, first);
+  pool->deallocate(b, 1000, first);
+}
+
+TEST_F(StreamPoolTest, RoundsUpToSizeClasses) {
+  const std::vector<std::pair<std::size_t, std::size_t>> classes = {
+      {1, 512},
+      {512, 512},
+      {513, 640},
+      {640, 640},
+      {641, 768},
+      {1000, 1024},
+      {1024, 1024},
+      {1025, 1280},
+      {1281, 1536},
+      {2049, 2560},
+      {(1 << 20) + 1, 5 << 18},
+  };
+  for (const auto& [asked, taken] : classes) {
+    pool->deallocate(pool->allocate(asked, first), asked, first);
+    EXPECT_EQ(upstream.allocated.back().bytes, taken) << asked;
+    pool->empty_cache();
+  }
+}
+
+TEST_F(StreamPoolTest, SizeClassesWasteAtMostAQuarter) {
+  testing::Random random(0);
+  for (int i = 0; i < 1000; ++i) {
+    const auto asked = static_cast<std::size_t>(random.integer(513, 1 << 16));
+    pool->deallocate(pool->allocate(asked, first), asked, first);
+    pool->empty_cache();
+    ASSERT_GE(upstream.allocated.back().bytes, asked);
+    ASSERT_LE(upstream.allocated.back().bytes, asked + asked / 4);
+  }
+}
+
+TEST_F(StreamPoolTest, NearbySizesShareBlocks) {
+  void* const data = pool->allocate(900, first);
+  pool->deallocate(data, 900, first);
+  EXPECT_EQ(pool->allocate(1020, first), data);
+  pool->deallocate(data, 1020, first);
+  void* const larger = pool->allocate(1030, first);
+  EXPECT_NE(larger, data);
+  pool->deallocate(larger, 1030, first);
+}
+
+TEST_F(StreamPoolTest, KeepsStreamsApart) {
+  void* const data = pool->allocate(1000, first);
+  pool->deallocate(data, 1000, first);
+  void* const other = pool->allocate(1000, second);
+  EXPECT_NE(other, data);
+  EXPECT_EQ(pool->allocate(1000, first), data);
+  pool->deallocate(data, 1000, first);
+  pool->deallocate(other, 1000, second);
+}
+
+TEST_F(StreamPoolTest, ABlockBelongsToTheStreamItWasFreedOn) {
+  void* const data = pool->allocate(1000, first);
+  pool->deallocate(data, 1000, second);
+  EXPECT_EQ(pool->allocate(1000, second), data);
+  pool->deallocate(data, 1000, second);
+}
+
+TEST_F(StreamPoolTest, UpstreamAllocatesOnTheBlocksStream) {
+  pool->deallocate(pool->allocate(600, first), 600, first);
+  pool->deallocate(pool->allocate(700, second), 700, second);
+  EXPECT_EQ(upstream.allocated, (std::vector<Call>{{640, first}, {768, second}}));
+}
+
+// The stream may have been destroyed since: its handle must not be used again.
+TEST_F(StreamPoolTest, EmptyCacheDoesNotTouchTheStreamsOfTheBlocks) {
+  pool->deallocate(pool->allocate(600, first), 600, first);
+  pool->deallocate(pool->allocate(700, second), 700, second);
+  pool->empty_cache();
+  std::sort(upstream.freed.begin(), upstream.freed.end(), [](auto a, auto b) { return a.bytes < b.bytes; });
+  EXPECT_EQ(upstream.freed, (std::vector<Call>{{640, nullptr}, {768, nullptr}}));
+}
+
+TEST_F(StreamPoolTest, CountsWhatItHolds) {
+  void* const a = pool->allocate(500, first);
+  void* const b = pool->allocate(1000, first);
+  pool->deallocate(a, 500, first);
+  pool->deallocate(pool->allocate(500, first), 500, first);
+  MemoryStats stats = pool->stats();
+  EXPECT_EQ(stats.bytes_in_use, 1024u);
+  EXPECT_EQ(stats.bytes_reserved, 1024u + 512u);
+  EXPECT_EQ(stats.peak_bytes_in_use, 1024u + 512u);
+  EXPECT_EQ(stats.peak_bytes_reserved, 1024u + 512u);
+  EXPECT_EQ(stats.allocations, 3u);
+  EXPECT_EQ(stats.upstream_allocations, 2u);
+
+  pool->deallocate(b, 1000, first);
+  pool->empty_cache();
+  stats = pool->stats();
+  EXPECT_EQ(stats.bytes_in_use, 0u);
+  EXPECT_EQ(stats.bytes_reserved, 0u);
+  EXPECT_EQ(stats.peak_bytes_reserved, 1024u + 512u);
+}
+
+TEST_F(StreamPoolTest, EmptyCacheLeavesBlocksInUse) {
+  void* const used = pool->allocate(1000, first);
+  pool->deallocate(pool->allocate(2000, first), 2000, first);
+  pool->empty_cache();
+  EXPECT_EQ(upstream.live.size(), 1u);
+  EXPECT_EQ(upstream.live.count(used), 1u);
+  pool->deallocate(used, 1000, first);
+}
+
+TEST_F(StreamPoolTest, ExhaustionGivesTheCacheBackAndTriesOnceMore) {
+  upstream.limit = 4096;
+  pool->deallocate(pool->allocate(3000, first), 3000, first);
+  void* const data = pool->allocate(4000, second);  // there is room only without the cached block
+  EXPECT_NE(data, nullptr);
+  EXPECT_EQ(upstream.attempts, 3);
+  EXPECT_EQ(pool->stats().bytes_reserved, 4096u);
+  pool->deallocate(data, 4000, second);
+}
+
+TEST_F(StreamPoolTest, ExhaustionIsReportedAndThePoolStaysUsable) {
+  upstream.limit = 4096;
+  void* const data = pool->allocate(2000, first);
+  try {
+    pool->allocate(4000, first);
+    FAIL() << "4000 bytes cannot be had";
+  } catch (const OutOfMemory& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find("no room for 4096"), std::string::npos) << message;
+    EXPECT_NE(message.find("2048 bytes in use"), std::string::npos) << message;
+  }
+  EXPECT_EQ(pool->stats().bytes_in_use, 2048u);
+  EXPECT_EQ(pool->stats().bytes_reserved, 2048u);
+  void* const more = pool->allocate(2000, first);
+  pool->deallocate(more, 2000, first);
+  pool->deallocate(data, 2000, first);
+}
+
+TEST_F(StreamPoolTest, SizesTooLargeToRoundAreOutOfMemory) {
+  upstream.limit = std::size_t{1} << 40;
+  EXPECT_THROW(pool->allocate(kUnlimited, first), OutOfMemory);
+  EXPECT_THROW(pool->allocate(kUnlimited / 2 + 2, first), OutOfMemory);
+}
+
+TEST_F(StreamPoolTest, UnknownAddressesAreLeftAlone) {
+  int local = 0;
+  pool->deallocate(&local, 4, first);
+  pool->deallocate(nullptr, 4, first);
+  void* const data = pool->allocate(1000, first);
+  pool->deallocate(data, 1000, first);
+  pool->deallocate(data, 1000, first);
+  void* const a = pool->allocate(1000, first);
+  void* const b = pool->allocate(1000, first);
+  EXPECT_NE(a, b);  // the second deallocation did not put the block into the cache twice
+  pool->deallocate(a, 1000, first);
+  pool->deallocate(b, 1000, first);
+}
+
+TEST_F(StreamPoolTest, CudaCaptureSendsRequestsUpstreamBothWays) {
+  if (!first_.get()) GTEST_SKIP() << "no CUDA device";
+  pool->deallocate(pool->allocate(1000, first), 1000, first);
+  first_.capture_and_replay(
+      [&] {
+        void* const data = pool->allocate(1000, first);
+        EXPECT_EQ(upstream.allocated.size(), 2u);  // the cached block was not taken
+        pool->deallocate(data, 1000, first);
+        EXPECT_EQ(upstream.freed.size(), 1u);
+      },
+      1);
+  EXPECT_EQ(pool->stats().bytes_in_use, 0u);
+  EXPECT_EQ(pool->stats().bytes_reserved, 1024u);
+}
+
+TEST_F(StreamPoolTest, CudaCaptureBlocksNeverEnterTheCache) {
+  if (!first_.get()) GTEST_SKIP() << "no CUDA device";
+  void* data = nullptr;
+  first_.capture_and_replay([&] { data = pool->allocate(1000, first); }, 1);
+  pool->deallocate(data, 1000, first);
+  EXPECT_EQ(upstream.live_bytes, 0u);
+}
+
+TEST_F(StreamPoolTest, CudaCaptureParksBlocksFreedWithinUntilEmptyCache) {
+  if (!first_.get()) GTEST_SKIP() << "no CUDA device";
+  void* const data = pool->allocate(1000, first);
+  first_.capture_and_replay([&] { pool->deallocate(data, 1000, first); }, 1);
+  EXPECT_TRUE(upstream.freed.empty());
+  void* const other = pool->allocate(1000, first);
+  EXPECT_NE(other, data);  // the graph may be replayed
+  pool->deallocate(other, 1000, first);
+  pool->empty_cache();
+  EXPECT_EQ(upstream.freed.size(), 2u);
+}
+
+TEST(CpuPool, IgnoresStreams) {
+  CountingResource upstream;
+  PoolResource pool(upstream, kCpu);
+  void* const data = pool.allocate(1000, reinterpret_cast<Stream>(0x100));
+  pool.deallocate(data, 1000, reinterpret_cast<Stream>(0x200));
+  EXPECT_EQ(pool.allocate(1000, nullptr), data);
+  pool.deallocate(data, 1000, nullptr);
+}
+
+TEST(CpuPool, GivesItsCacheBackWhenItGoes) {
+  CountingResource upstream;
+  {
+    PoolResource pool(upstream, kCpu);
+    pool.deallocate(pool.allocate(1000, nullptr), 1000, nullptr);
+    EXPECT_EQ(upstream.live.size(), 1u);
+  }
+  EXPECT_TRUE(upstream.live.empty());
+}
+
+TEST(CpuPool, ServesManyThreads) {
+  CountingResource upstream;
+  PoolResource pool(upstream, kCpu);
+  const auto work = [&pool](int id) {
+    testing::Random random(static_cast<std::uint64_t>(id));
+    for (int i = 0; i < 2000; ++i) {
+      const auto bytes = static_cast<std::size_t>(random.integer(1, 3000));
+      auto* const data = static_cast<unsigned char*>(pool.allocate(bytes, nullptr));
+      std::memset(data, id, bytes);
+      if (i % 500 == 0) pool.empty_cache();
+      const bool untouched = std::all_of(data, data + bytes, [id](unsigned char byte) { return byte == id; });
+      EXPECT_TRUE(untouched) << "another thread was given the same block";
+      pool.deallocate(data, bytes, nullptr);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int id = 1; id <= 4; ++id) threads.emplace_back(work, id);
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(pool.stats().allocations, 8000u);
+  EXPECT_EQ(pool.stats().bytes_in_use, 0u);
+  pool.empty_cache();
+  EXPECT_EQ(upstream.live_bytes, 0u);
+}
+
+TEST(SystemResource, MemoryIsAlignedAndApart) {
+  for (const Device device : test_devices()) {
+    SCOPED_TRACE(name_of(device));
+    MemoryResource& resource = system_resource(device);
+    std::vector<std::pair<std::uintptr_t, std::size_t>> blocks;
+    for (const std::size_t bytes : {1, 255, 256, 257, 100000})
+      blocks.emplace_back(reinterpret_cast<std::uintptr_t>(resource.allocate(bytes, nullptr)), bytes);
+    std::sort(blocks.begin(), blocks.end());
+    std::uintptr_t end = 0;
+    for (const auto& [address, bytes] : blocks) {
+      EXPECT_EQ(address % 256, 0u);
+      EXPECT_GE(address, end);
+      end = address + bytes;
+    }
+    for (const auto& [address, bytes] : blocks) resource.deallocate(reinterpret_cast<void*>(address), bytes, nullptr);
+  }
+}
+
+TEST(SystemResource, ExhaustionSaysWhatWasAskedAndLeavesItUsable) {
+  for (const Device device : test_devices()) {
+    SCOPED_TRACE(name_of(device));
+    constexpr std::size_t kTooMuch = kUnlimited - 1000;
+    try {
+      system_resource(device).allocate(kTooMuch, nullptr);
+      FAIL() << "so many bytes cannot be had";
+    } catch (const OutOfMemory& error) {
+      EXPECT_NE(std::string(error.what()).find(std::to_string(kTooMuch)), std::string::npos) << error.what();
+    }
+    void* const data = system_resource(device).allocate(1000, nullptr);
+    system_resource(device).deallocate(data, 1000, nullptr);
+  }
+}
+
+TEST(SystemResource, DevicesThatDoNotExistAreUnsupported) {
+  EXPECT_THROW(system_resource({DeviceType::cuda, device_count()}), Unsupported);
+  EXPECT_THROW(workspace_resource({DeviceType::cuda, 1000}), Unsupported);
+  EXPECT_THROW(memory_stats({DeviceType::cpu, 1}), Unsupported);
+  EXPECT_THROW(set_workspace_resource({DeviceType::cpu, -1}, nullptr), Unsupported);
+}
+
+alignas(256) unsigned char callback_memory[1024];
+
+TEST(CallbackResource, PassesSizesAndStreamsOn) {
+  std::vector<Call> calls;
+  CallbackResource resource(
+      [&](std::size_t bytes, Stream stream) {
+        calls.push_back({bytes, stream});
+        return callback_memory;
+      },
+      [&](void* data, std::size_t bytes, Stream stream) {
+        EXPECT_EQ(data, callback_memory);
+        calls.push_back({bytes, stream});
+      });
+  const auto stream = reinterpret_cast<Stream>(0x100);
+  EXPECT_EQ(resource.allocate(1000, stream), callback_memory);
+  resource.deallocate(callback_memory, 1000, stream);
+  EXPECT_EQ(calls, (std::vector<Call>{{1000, stream}, {1000, stream}}));
+}
+
+std::string refusal_of(CallbackResource::Allocate allocate) {
+  CallbackResource resource(std::move(allocate), [](void*, std::size_t, Stream) {});
+  try {
+    resource.allocate(77, nullptr);
+  } catch (const OutOfMemory& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
+
+TEST(CallbackResource, NullAndExceptionsBecomeOutOfMemory) {
+  const std::string null = refusal_of([](std::size_t, Stream) { return nullptr; });
+  EXPECT_NE(null.find("77 bytes"), std::string::npos) << null;
+  EXPECT_NE(null.find("null"), std::string::npos) << null;
+  const std::string thrown = refusal_of([](std::size_t, Stream) -> void* { throw std::runtime_error("no luck"); });
+  EXPECT_NE(thrown.find("no luck"), std::string::npos) << thrown;
+  const std::string odd = refusal_of([](std::size_t, Stream) -> void* { throw 1; });
+  EXPECT_NE(odd.find("77 bytes"), std::string::npos) << odd;
+}
+
+TEST(CallbackResource, MisalignedMemoryIsGivenBackAndRefused) {
+  int given_back = 0;
+  CallbackResource resource([](std::size_t, Stream) { return callback_memory + 64; },
+                            [&](void*, std::size_t, Stream) { ++given_back; });
+  EXPECT_THROW(resource.allocate(77, nullptr), OutOfMemory);
+  EXPECT_EQ(given_back, 1);
+}
+
+TEST(CallbackResource, ExceptionsWhileGivingBackAreSwallowed) {
+  CallbackResource resource([](std::size_t, Stream) { return callback_memory; },
+                            [](void*, std::size_t, Stream) { throw std::runtime_error("not now"); });
+  EXPECT_NO_THROW(resource.deallocate(callback_memory, 1, nullptr));
+}
+
+TEST(CallbackResource, BothFunctionsAreNeeded) {
+  EXPECT_THROW(CallbackResource(nullptr, [](void*, std::size_t, Stream) {}), InvalidArgument);
+  EXPECT_THROW(CallbackResource([](std::size_t, Stream) { return nullptr; }, nullptr), InvalidArgument);
+}
+
+/// Sets the CPU's workspace resource for as long as it lives.
+struct WorkspaceGuard {
+  explicit WorkspaceGuard(std::shared_ptr<MemoryResource> resource) {
+    set_workspace_resource(kCpu, std::move(resource));
+  }
+  ~WorkspaceGuard() { set_workspace_resource(kCpu, nullptr); }
+};
+
+TEST(WorkspaceResource, IsAPoolUntilTheProgramSetsAnother) {
+  MemoryResource& pool = workspace_resource(kCpu);
+  EXPECT_NE(dynamic_cast<PoolResource*>(&pool), nullptr);
+  {
+    const auto mine = std::make_shared<CountingResource>();
+    const WorkspaceGuard guard(mine);
+    EXPECT_EQ(&workspace_resource(kCpu), mine.get());
+    const Buffer buffer(1000, kCpu, nullptr);
+    EXPECT_EQ(mine->allocated, (std::vector<Call>{{1000, nullptr}}));
+  }
+  EXPECT_EQ(&workspace_resource(kCpu), &pool);
+}
+
+TEST(WorkspaceResource, LivesAsLongAsItsBuffers) {
+  auto mine = std::make_shared<CountingResource>();
+  const std::weak_ptr<CountingResource> watch = mine;
+  {
+    Buffer buffer;
+    {
+      const WorkspaceGuard guard(std::move(mine));
+      buffer = Buffer(1000, kCpu, nullptr);
+    }
+    EXPECT_FALSE(watch.expired());
+  }
+  EXPECT_TRUE(watch.expired());
+}
+
+TEST(WorkspaceResource, MayBeReplacedFromItsOwnDestructor) {
+  struct Restless final : MemoryResource {
+    ~Restless() override { set_workspace_resource(kCpu, nullptr); }
+    void* allocate(std::size_t, Stream) override { throw OutOfMemory("never"); }
+    void deallocate(void*, std::size_t, Stream) noexcept override {}
+  };
+  set_workspace_resource(kCpu, std::make_shared<Restless>());
+  set_workspace_resource(kCpu, nullptr);
+  EXPECT_NE(dynamic_cast<PoolResource*>(&workspace_resource(kCpu)), nullptr);
+}
+
+TEST(WorkspaceResource, MemoryStatsAreThoseOfThePool) {
+  for (const Device device : test_devices()) {
+    SCOPED_TRACE(name_of(device));
+    empty_cache();
+    const MemoryStats before = memory_stats(device);
+    EXPECT_EQ(before.bytes_reserved, before.bytes_in_use);
+    {
+      const Buffer buffer(5000, device, nullptr);
+      EXPECT_EQ(memory_stats(device).bytes_in_use, before.bytes_in_use + 5120);
+      EXPECT_EQ(memory_stats(device).allocations, before.allocations + 1);
+    }
+    EXPECT_EQ(memory_stats(device).bytes_in_use, before.bytes_in_use);
+    EXPECT_EQ(memory_stats(device).bytes_reserved, before.bytes_reserved + 5120);
+    empty_cache();
+    EXPECT_EQ(memory_stats(device).bytes_reserved, before.bytes_reserved);
+  }
+}
+
+TEST(Buffer, HoldsAlignedMemory) {
+  for (const Device device : test_devices()) {
+    const Buffer buffer(1000, device, nullptr);
+    EXPECT_NE(buffer.data(), nullptr);
+    EXPECT_EQ(buffer.bytes(), 1000u);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.data()) % 256, 0u);
+  }
+}
+
+TEST(Buffer, OfNoBytesAllocatesNothing) {
+  const auto mine = std::make_shared<CountingResource>();
+  const WorkspaceGuard guard(mine);
+  const Buffer buffer(0, kCpu, nullptr);
+  EXPECT_EQ(buffer.data(), nullptr);
+  EXPECT_EQ(buffer.bytes(), 0u);
+  EXPECT_EQ(mine->attempts, 0);
+}
+
+TEST(Buffer, MovesWithoutCopiesOrLeaks) {
+  const auto mine = std::make_shared<CountingResource>();
+  const WorkspaceGuard guard(mine);
+  {
+    Buffer a(1000, kCpu, nullptr);
+    void* const data = a.data();
+    Buffer b(std::move(a));
+    EXPECT_EQ(b.data(), data);
+    EXPECT_EQ(b.bytes(), 1000u);
+    EXPECT_EQ(a.data(), nullptr);  // NOLINT: a moved-from Buffer is empty
+    EXPECT_EQ(a.bytes(), 0u);
+
+    Buffer c(2000, kCpu, nullptr);
+    c = std::move(b);
+    EXPECT_EQ(c.data(), data);
+    EXPECT_EQ(mine->live_bytes, 1000u);  // what c held before went back
+
+    Buffer& itself = c;
+    c = std::move(itself);
+    EXPECT_EQ(c.data(), data);
+  }
+  EXPECT_EQ(mine->live_bytes, 0u);
+  EXPECT_EQ(mine->wrong_deallocations, 0);
+}
+
+TEST(Buffer, GoesBackOnItsOwnStream) {
+  const auto mine = std::make_shared<CountingResource>();
+  const WorkspaceGuard guard(mine);
+  const auto stream = reinterpret_cast<Stream>(0x100);
+  {
+    const Buffer buffer(1000, kCpu, stream);
+  }
+  EXPECT_EQ(mine->freed, (std::vector<Call>{{1000, stream}}));
+}
+
+TEST(Buffer, ExhaustionLeavesNothingBehind) {
+  const auto mine = std::make_shared<CountingResource>();
+  mine->limit = 500;
+  const WorkspaceGuard guard(mine);
+  EXPECT_THROW(Buffer(1000, kCpu, nullptr), OutOfMemory);
+  EXPECT_TRUE(mine->freed.empty());
+}
+
+TEST(CudaPool, TakesPartInCaptureAndReplay) {
+  if (device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  const TestStream stream(kCuda);
+  PoolResource pool(system_resource(kCuda), kCuda);
+  testing::DeviceArray ones = testing::to_device(std::vector<float>(1000, 1.0f), kCuda);
+  testing::DeviceArray sum = testing::to_device(std::vector<float>(1000, 0.0f), kCuda);
+  const auto as_view = [](void* data) { return TensorView::contiguous(data, DType::float32, kCuda, {1000}); };
+  stream.capture_and_replay(
+      [&] {
+        void* const scratch = pool.allocate(4000, stream.get());
+        vector_add(as_view(ones.data()), as_view(ones.data()), as_view(scratch), stream.get());
+        vector_add(as_view(scratch), as_view(sum.data()), as_view(sum.data()), stream.get());
+        pool.deallocate(scratch, 4000, stream.get());
+      },
+      3);
+  EXPECT_EQ(testing::to_host<float>(sum), std::vector<float>(1000, 6.0f));
+  EXPECT_EQ(pool.stats().bytes_in_use, 0u);
+  EXPECT_EQ(pool.stats().bytes_reserved, 0u);
+}
+
+}  // namespace
+}  // namespace flashcore

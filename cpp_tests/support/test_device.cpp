@@ -1,0 +1,116 @@
+// Test devices: the only test file that speaks to the CUDA runtime.
+#include "test_device.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#ifdef FLASHCORE_TEST_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace flashcore::testing {
+namespace {
+
+enum class Direction { to_device, to_host };
+
+#ifdef FLASHCORE_TEST_CUDA
+void require(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+void copy(void* target, const void* source, std::size_t bytes, Device device, Direction direction) {
+  if (device.type == DeviceType::cpu) {
+    std::memcpy(target, source, bytes);
+    return;
+  }
+  require(cudaSetDevice(device.index));
+  require(cudaDeviceSynchronize());
+  require(cudaMemcpy(target, source, bytes,
+                     direction == Direction::to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost));
+}
+#else
+void copy(void* target, const void* source, std::size_t bytes, Device, Direction) {
+  std::memcpy(target, source, bytes);
+}
+#endif
+
+}  // namespace
+
+std::vector<Device> test_devices() {
+  std::vector<Device> devices{{DeviceType::cpu, 0}};
+  if (device_count() > 0) devices.push_back({DeviceType::cuda, 0});
+  return devices;
+}
+
+std::string test_name(Device device) { return device.type == DeviceType::cpu ? "cpu" : "cuda"; }
+
+DeviceArray::DeviceArray(std::size_t bytes, Device device) : bytes_(bytes), device_(device) {
+  if (bytes > 0) data_ = system_resource(device).allocate(bytes, nullptr);
+}
+
+DeviceArray::DeviceArray(DeviceArray&& other) noexcept { *this = std::move(other); }
+
+DeviceArray& DeviceArray::operator=(DeviceArray&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  std::swap(device_, other.device_);
+  return *this;
+}
+
+DeviceArray::~DeviceArray() {
+  if (data_) system_resource(device_).deallocate(data_, bytes_, nullptr);
+}
+
+void DeviceArray::upload(const void* host) { upload_part(0, host, bytes_); }
+void DeviceArray::download(void* host) const { download_part(0, host, bytes_); }
+
+void DeviceArray::upload_part(std::size_t offset, const void* host, std::size_t bytes) {
+  if (bytes > 0) copy(static_cast<char*>(data_) + offset, host, bytes, device_, Direction::to_device);
+}
+
+void DeviceArray::download_part(std::size_t offset, void* host, std::size_t bytes) const {
+  if (bytes > 0) copy(host, static_cast<const char*>(data_) + offset, bytes, device_, Direction::to_host);
+}
+
+#ifdef FLASHCORE_TEST_CUDA
+TestStream::TestStream(Device device) {
+  if (device.type != DeviceType::cuda) return;
+  require(cudaSetDevice(device.index));
+  cudaStream_t stream = nullptr;
+  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  stream_ = stream;
+}
+
+TestStream::~TestStream() {
+  if (!stream_) return;
+  cudaStreamSynchronize(stream_);
+  cudaStreamDestroy(stream_);
+}
+
+void TestStream::synchronize() const {
+  if (stream_) require(cudaStreamSynchronize(stream_));
+}
+
+void TestStream::capture_and_replay(const std::function<void()>& work, int times) const {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+  work();
+  require(cudaStreamEndCapture(stream_, &graph));
+  require(cudaGraphInstantiate(&executable, graph, 0));
+  for (int i = 0; i < times; ++i) require(cudaGraphLaunch(executable, stream_));
+  require(cudaStreamSynchronize(stream_));
+  require(cudaGraphExecDestroy(executable));
+  require(cudaGraphDestroy(graph));
+}
+#else
+TestStream::TestStream(Device) {}
+TestStream::~TestStream() = default;
+void TestStream::synchronize() const {}
+void TestStream::capture_and_replay(const std::function<void()>& work, int times) const {
+  for (int i = 0; i < times; ++i) work();
+}
+#endif
+
+}  // namespace flashcore::testing

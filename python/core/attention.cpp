@@ -1,0 +1,336 @@
+// The attention calls: tuples of arrays become the library's structs, then the library's function runs without the GIL.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include <chrono>
+
+#include "bindings.h"
+#include "bridge.h"
+#include "flashcore/attention.h"
+#include "flashcore/error.h"
+#include "flashcore/memory.h"
+
+namespace flashcore::python {
+
+namespace {
+
+/// AttentionOptions that own their string. Stays where it was made: `value.kernel` looks into `kernel`.
+struct Options {
+  AttentionOptions value;
+  std::string kernel;
+
+  Options() = default;
+  Options(const Options&) = delete;
+  Options& operator=(const Options&) = delete;
+};
+
+/// One place in a tuple of arrays.
+struct Slot {
+  const char* name;
+  TensorView* view;
+};
+
+template <std::size_t N>
+void read_all(Reader& reader, nb::handle arrays, const Slot (&slots)[N], Access access = Access::read) {
+  if (!PyTuple_Check(arrays.ptr()) || PyTuple_Size(arrays.ptr()) != static_cast<Py_ssize_t>(N))
+    throw InvalidType("a tuple of " + std::to_string(N) + " arrays is needed");
+  for (std::size_t i = 0; i < N; ++i) {
+    const nb::handle array = PyTuple_GetItem(arrays.ptr(), static_cast<Py_ssize_t>(i));
+    if (!array.is_none()) *slots[i].view = reader.read(array, slots[i].name, access);
+  }
+}
+
+/// (q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale, cu_seqlens_q, cu_seqlens_k, seqused_k)
+AttentionInputs read_inputs(Reader& reader, nb::handle arrays, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k) {
+  AttentionInputs in;
+  in.sequences.max_seqlen_q = max_seqlen_q;
+  in.sequences.max_seqlen_k = max_seqlen_k;
+  read_all(reader, arrays,
+           {{"q", &in.q},
+            {"k", &in.k},
+            {"v", &in.v},
+            {"mask", &in.mask},
+            {"bias", &in.bias},
+            {"alibi_slopes", &in.alibi_slopes},
+            {"sinks", &in.sinks},
+            {"q_descale", &in.q_descale},
+            {"k_descale", &in.k_descale},
+            {"v_descale", &in.v_descale},
+            {"cu_seqlens_q", &in.sequences.cu_seqlens_q},
+            {"cu_seqlens_k", &in.sequences.cu_seqlens_k},
+            {"seqused_k", &in.sequences.seqused_k}});
+  return in;
+}
+
+/// (k_cache, v_cache), then (q, cache_seqlens, block_table, k_new, v_new, rotary_cos, rotary_sin, mask, bias,
+/// alibi_slopes, sinks, q_descale, k_descale, v_descale). The caches are written where there are new keys.
+DecodeInputs read_decode_inputs(Reader& reader, nb::handle arrays, nb::handle caches, bool interleaved) {
+  DecodeInputs in;
+  in.rotary.interleaved = interleaved;
+  read_all(reader, arrays,
+           {{"q", &in.q},
+            {"cache_seqlens", &in.cache_seqlens},
+            {"block_table", &in.block_table},
+            {"k_new", &in.k_new},
+            {"v_new", &in.v_new},
+            {"rotary_cos", &in.rotary.cos},
+            {"rotary_sin", &in.rotary.sin},
+            {"mask", &in.mask},
+            {"bias", &in.bias},
+            {"alibi_slopes", &in.alibi_slopes},
+            {"sinks", &in.sinks},
+            {"q_descale", &in.q_descale},
+            {"k_descale", &in.k_descale},
+            {"v_descale", &in.v_descale}});
+  read_all(reader, caches, {{"k_cache", &in.k_cache}, {"v_cache", &in.v_cache}},
+           in.k_new ? Access::write : Access::read);
+  return in;
+}
+
+AttentionOutputs read_outputs(Reader& reader, nb::handle arrays, Access access = Access::write) {
+  AttentionOutputs out;
+  read_all(reader, arrays, {{"out", &out.out}, {"lse", &out.lse}}, access);
+  return out;
+}
+
+TensorView dense(TensorView view) {
+  std::int64_t stride = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    view.stride[i] = stride;
+    stride *= view.shape[i];
+  }
+  return view;
+}
+
+/// The results that a call would allocate, without memory: for planning.
+AttentionOutputs imagined_outputs(AttentionOutputs given, const TensorView& q, const TensorView& v, Layout layout,
+                                  bool with_lse) {
+  if (!given.out && q.rank > 0 && v.rank > 0) {
+    given.out = q;
+    given.out.data = nullptr;
+    given.out.shape[q.rank - 1] = v.shape[v.rank - 1];
+    if (q.dtype == DType::float8_e4m3) given.out.dtype = DType::bfloat16;
+    given.out = dense(given.out);
+  }
+  if (with_lse && !given.lse && q.rank >= 3) {
+    given.lse = q;
+    given.lse.data = nullptr;
+    given.lse.rank = q.rank - 1;
+    given.lse.dtype = q.dtype == DType::float64 ? DType::float64 : DType::float32;
+    if (layout == Layout::bshd) std::swap(given.lse.shape[1], given.lse.shape[2]);
+    if (layout == Layout::thd) std::swap(given.lse.shape[0], given.lse.shape[1]);
+    given.lse = dense(given.lse);
+  }
+  return given;
+}
+
+nb::typed<nb::tuple, bool, std::string, std::string> to_tuple(const Support& support) {
+  return nb::make_tuple(support.ok, support.kernel, support.why);
+}
+
+// ---- calls -------------------------------------------------------------------------------------------------------
+
+void forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
+             std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
+  Reader reader(bridge, stream);
+  const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
+  const AttentionOutputs out = read_outputs(reader, results);
+  const Stream run_on = reader.stream(in.q.device);
+  nb::gil_scoped_release release;
+  attention_forward(in, out, options.value, run_on);
+}
+
+/// Seconds that the library's own call takes, without anything of Python: what `bench/overhead.py` compares with.
+double time_forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options, int calls) {
+  Reader reader(bridge, nb::none());
+  const AttentionInputs in = read_inputs(reader, arrays, -1, -1);
+  const AttentionOutputs out = read_outputs(reader, results);
+  const Stream run_on = reader.stream(in.q.device);
+  nb::gil_scoped_release release;
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < calls; ++i) attention_forward(in, out, options.value, run_on);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / calls;
+}
+
+void decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved, nb::handle results,
+            const Options& options, nb::handle stream) {
+  Reader reader(bridge, stream);
+  const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
+  const AttentionOutputs out = read_outputs(reader, results);
+  const Stream run_on = reader.stream(in.q.device);
+  nb::gil_scoped_release release;
+  attention_decode(in, out, options.value, run_on);
+}
+
+/// `cotangents` is (dout, dlse), `gradients` (dq, dk, dv, dbias, dsinks).
+void backward(const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents, nb::handle gradients,
+              const Options& options, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
+  Reader reader(bridge, stream);
+  const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
+  const AttentionOutputs out = read_outputs(reader, results, Access::read);
+  AttentionCotangents above;
+  read_all(reader, cotangents, {{"dout", &above.dout}, {"dlse", &above.dlse}});
+  AttentionGrads grads;
+  read_all(
+      reader, gradients,
+      {{"dq", &grads.dq}, {"dk", &grads.dk}, {"dv", &grads.dv}, {"dbias", &grads.dbias}, {"dsinks", &grads.dsinks}},
+      Access::write);
+  const Stream run_on = reader.stream(in.q.device);
+  nb::gil_scoped_release release;
+  attention_backward(in, out, above, grads, options.value, run_on);
+}
+
+/// `states` is (out_a, lse_a, out_b, lse_b), `results` (out, lse).
+void merge(const Bridge& bridge, nb::handle states, nb::handle results, int layout, nb::handle stream) {
+  Reader reader(bridge, stream);
+  AttentionState a, b;
+  read_all(reader, states, {{"out_a", &a.out}, {"lse_a", &a.lse}, {"out_b", &b.out}, {"lse_b", &b.lse}});
+  const AttentionOutputs merged = read_outputs(reader, results);
+  const Stream run_on = reader.stream(a.out.device);
+  nb::gil_scoped_release release;
+  merge_states(a, b, {merged.out, merged.lse}, static_cast<Layout>(layout), run_on);
+}
+
+// ---- questions ---------------------------------------------------------------------------------------------------
+
+/// Reads the arguments of a question about a forward call and hands them to `ask`.
+template <class Ask>
+auto about_forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
+                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, bool with_lse, Ask ask) {
+  Reader reader(bridge, nb::none());
+  const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
+  return ask(in, imagined_outputs(read_outputs(reader, results), in.q, in.v, options.value.layout, with_lse),
+             options.value);
+}
+
+template <class Ask>
+auto about_decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved, nb::handle results,
+                  const Options& options, bool with_lse, Ask ask) {
+  Reader reader(bridge, nb::none());
+  const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
+  return ask(in, imagined_outputs(read_outputs(reader, results), in.q, in.v_cache, options.value.layout, with_lse),
+             options.value);
+}
+
+void bind_questions(nb::module_& m) {
+  const auto ask_support = [](const auto& in, const auto& out, const auto& options) {
+    return to_tuple(supports(in, out, options));
+  };
+  const auto ask_reasons = [](const auto& in, const auto& out, const auto& options) {
+    return explain(in, out, options);
+  };
+  m.def("supports_forward", [=](const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
+                                std::int64_t max_q, std::int64_t max_k, bool with_lse) {
+    return about_forward(bridge, arrays, results, options, max_q, max_k, with_lse, ask_support);
+  });
+  m.def("explain_forward", [=](const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
+                               std::int64_t max_q, std::int64_t max_k, bool with_lse) {
+    return about_forward(bridge, arrays, results, options, max_q, max_k, with_lse, ask_reasons);
+  });
+  m.def("supports_decode", [=](const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved,
+                               nb::handle results, const Options& options, bool with_lse) {
+    return about_decode(bridge, arrays, caches, interleaved, results, options, with_lse, ask_support);
+  });
+  m.def("explain_decode", [=](const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved,
+                              nb::handle results, const Options& options, bool with_lse) {
+    return about_decode(bridge, arrays, caches, interleaved, results, options, with_lse, ask_reasons);
+  });
+  m.def(
+      "explain_line",
+      [](std::string_view line, bool cuda, int index) {
+        return explain(line, Device{cuda ? DeviceType::cuda : DeviceType::cpu, index});
+      },
+      nb::arg("line"), nb::arg("cuda"), nb::arg("index"));
+  m.def("canonical_problem_line", &canonical_problem_line, nb::arg("line"));
+  m.def("problem_line_help", &problem_line_help);
+}
+
+// ---- plans -------------------------------------------------------------------------------------------------------
+
+void run_forward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle results,
+                 std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
+  Reader reader(bridge, stream);
+  const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
+  const AttentionOutputs out = read_outputs(reader, results);
+  const Stream run_on = reader.stream(in.q.device);
+  nb::gil_scoped_release release;
+  const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
+  plan.run(in, out, workspace.data(), run_on);
+}
+
+void run_decode(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved,
+                nb::handle results, nb::handle stream) {
+  Reader reader(bridge, stream);
+  const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
+  const AttentionOutputs out = read_outputs(reader, results);
+  const Stream run_on = reader.stream(in.q.device);
+  nb::gil_scoped_release release;
+  const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
+  plan.run(in, out, workspace.data(), run_on);
+}
+
+void bind_plan(nb::module_& m) {
+  nb::class_<AttentionPlan>(m, "AttentionPlan", "A call that was checked and dispatched once.")
+      .def_prop_ro("kernel", &AttentionPlan::kernel)
+      .def_prop_ro("workspace_bytes", &AttentionPlan::workspace_bytes)
+      .def("describe", &AttentionPlan::describe)
+      .def("run_forward", &run_forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"),
+           nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"), nb::arg("stream").none())
+      .def("run_decode", &run_decode, nb::arg("bridge"), nb::arg("arrays"), nb::arg("caches"), nb::arg("interleaved"),
+           nb::arg("results"), nb::arg("stream").none());
+  m.def("plan_forward", [](const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
+                           std::int64_t max_q, std::int64_t max_k, bool with_lse) {
+    return about_forward(
+        bridge, arrays, results, options, max_q, max_k, with_lse,
+        [](const auto& in, const auto& out, const auto& o) { return AttentionPlan::forward(in, out, o); });
+  });
+  m.def("plan_decode", [](const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved,
+                          nb::handle results, const Options& options, bool with_lse) {
+    return about_decode(
+        bridge, arrays, caches, interleaved, results, options, with_lse,
+        [](const auto& in, const auto& out, const auto& o) { return AttentionPlan::decode(in, out, o); });
+  });
+}
+
+void bind_options(nb::module_& m) {
+  nb::class_<Options>(m, "Options", "The options of a call, in the library's own words.")
+      .def(
+          "__init__",
+          [](Options* self, int layout, int causal, std::int64_t left, std::int64_t right, std::optional<double> scale,
+             double softcap, double dropout_p, std::uint64_t seed, bool deterministic, std::string kernel) {
+            new (self) Options();
+            self->kernel = std::move(kernel);
+            self->value = {.layout = static_cast<Layout>(layout),
+                           .mask = {static_cast<Causal>(causal), left, right},
+                           .scale = scale,
+                           .softcap = softcap,
+                           .dropout_p = dropout_p,
+                           .seed = seed,
+                           .deterministic = deterministic,
+                           .kernel = self->kernel};
+          },
+          nb::arg("layout"), nb::arg("causal"), nb::arg("left"), nb::arg("right"), nb::arg("scale").none(),
+          nb::arg("softcap"), nb::arg("dropout_p"), nb::arg("seed"), nb::arg("deterministic"), nb::arg("kernel"));
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+  bind_options(m);
+  m.def("forward", &forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"), nb::arg("options"),
+        nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"), nb::arg("stream").none());
+  m.def("time_forward", &time_forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"), nb::arg("options"),
+        nb::arg("calls"));
+  m.def("decode", &decode, nb::arg("bridge"), nb::arg("arrays"), nb::arg("caches"), nb::arg("interleaved"),
+        nb::arg("results"), nb::arg("options"), nb::arg("stream").none());
+  m.def("backward", &backward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"), nb::arg("cotangents"),
+        nb::arg("gradients"), nb::arg("options"), nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"),
+        nb::arg("stream").none());
+  m.def("merge_states", &merge, nb::arg("bridge"), nb::arg("states"), nb::arg("results"), nb::arg("layout"),
+        nb::arg("stream").none());
+  bind_questions(m);
+  bind_plan(m);
+}
+
+}  // namespace flashcore::python

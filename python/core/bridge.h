@@ -1,0 +1,58 @@
+// Bridge: how the arrays of one framework become TensorViews. Reader: does it for the arguments of one call.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dl_abi.h"
+#include "flashcore/tensor.h"
+
+namespace flashcore::python {
+
+namespace nb = nanobind;
+
+/// What interop.py knows of a framework, in the form that the hot path needs.
+struct Bridge {
+  nb::object type;                       // every array of a call is an instance of it
+  nb::object keywords;                   // dict: given to `__dlpack__`
+  nb::object reinterpret;                // for an array that refuses `__dlpack__`: -> (array, dtype name or "")
+  nb::object current_stream;             // device index -> the framework's current stream, or None
+  const dl::ExchangeApi* api = nullptr;  // the C table, instead of `__dlpack__`
+  bool ordered = false;                  // `__dlpack__(stream=…)` is to order the framework's work before ours
+  bool immutable = false;                // results cannot be written into arrays of this framework
+};
+
+/// The exchange table of a type, or null where it has none that can lend tensors.
+const dl::ExchangeApi* exchange_api(nb::handle type);
+
+enum class Access { read, write };
+
+/// Turns Python arrays into views and keeps alive what owns them, until it goes out of scope (with the GIL held).
+class Reader {
+ public:
+  /// `stream` is None or an int.
+  Reader(const Bridge& bridge, nb::handle stream);
+
+  /// None gives the empty view. `name` is the argument's name, for messages.
+  TensorView read(nb::handle array, const char* name, Access access = Access::read);
+
+  /// The stream to run on, for work on `device`.
+  Stream stream(Device device) const;
+
+ private:
+  TensorView read_foreign(nb::handle array, const char* name, Access access);
+  std::optional<TensorView> try_export(nb::handle array, const char* name, Access access, const std::string& meant);
+  TensorView read_capsule(nb::object capsule, const char* name, Access access, const std::string& meant);
+  nb::object call_dlpack(nb::handle array) const;
+
+  const Bridge& bridge_;
+  nb::handle stream_;
+  std::vector<nb::object> owners_;
+};
+
+void bind_bridge(nb::module_& m);
+
+}  // namespace flashcore::python

@@ -1,0 +1,31 @@
+"""The command line: python -m flashcore info | explain | demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from rich.console import Console
+
+from . import CudaError, Unsupported, __version__
+from .cli import demo, explain, info
+
+
+def main(words: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flashcore", description="Fused attention for CUDA and the CPU.")
+    parser.add_argument("--version", action="version", version=f"flashcore {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (info, explain, demo):
+        module.add_parser(commands).set_defaults(run=module.run)
+    arguments = parser.parse_args(words)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, TypeError, MemoryError, Unsupported, CudaError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Questions about a call before it is made: would it run, by which kernel and why; and plans, to ask only once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+from . import _core
+from .attention import _bound, _unpack, finished, results
+from .device import Device, parse_device
+from .interop import Framework, classify, known, stream_handle
+from .options import convert
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import AttentionKeywords
+
+_FORWARD_ARRAYS = (
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "sinks",
+    "q_descale",
+    "k_descale",
+    "v_descale",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_k",
+)
+_DECODE_ARRAYS = (
+    "cache_seqlens",
+    "block_table",
+    "k_new",
+    "v_new",
+    "rotary_cos",
+    "rotary_sin",
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "sinks",
+    "q_descale",
+    "k_descale",
+    "v_descale",
+)
+_NO_FORWARD_ARRAYS = (None,) * len(_FORWARD_ARRAYS)
+_WORDS = {
+    "layout": "bhsd",
+    "window": None,
+    "scale": None,
+    "softcap": 0.0,
+    "dropout_p": 0.0,
+    "seed": 0,
+    "deterministic": False,
+    "kernel": None,
+}
+
+
+class Support(NamedTuple):
+    """The answer of `supports`: true or false as a condition, too."""
+
+    ok: bool
+    kernel: str  #: the kernel that would run
+    why: str  #: where not ok: the message that the call would raise
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+class _Question(NamedTuple):
+    """A call taken apart: what `_core` needs to answer anything about it."""
+
+    framework: Framework
+    decode: bool
+    layout: str
+    arguments: tuple[Any, ...]  #: after the bridge; ends with whether lse is wanted
+
+
+def _take(keywords: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(keywords.pop(name, None) for name in names)
+
+
+def _question(q: Any, k: Any, v: Any, keywords: dict[str, Any]) -> _Question:
+    framework = known.get(type(q)) or classify(q)
+    decode = "cache_seqlens" in keywords
+    words = {name: keywords.pop(name, default) for name, default in {**_WORDS, "causal": decode}.items()}
+    if decode and words["causal"] is True:
+        words["causal"] = "bottom_right"
+    if not decode and keywords.get("cu_seqlens_q") is not None:
+        words["layout"] = "thd"
+    options = convert(**words)
+    outputs = _take(keywords, ("out", "lse"))
+    with_lse = bool(keywords.pop("return_lse", False)) or outputs[1] is not None
+    keywords.pop("stream", None)
+    if decode:
+        arrays = (q, *_take(keywords, _DECODE_ARRAYS))
+        interleaved = bool(keywords.pop("rotary_interleaved", False))
+        arguments: tuple[Any, ...] = (arrays, (k, v), interleaved, outputs, options, with_lse)
+    else:
+        if k is None:
+            q, k, v = _unpack(framework, q, v, words["layout"])
+        bounds = (_bound(keywords.pop("max_seqlen_q", None)), _bound(keywords.pop("max_seqlen_k", None)))
+        arguments = ((q, k, v, *_take(keywords, _FORWARD_ARRAYS)), outputs, options, *bounds, with_lse)
+    _refuse_unknown(keywords)
+    return _Question(framework, decode, words["layout"], arguments)
+
+
+def _refuse_unknown(keywords: dict[str, Any]) -> None:
+    if keywords:
+        raise TypeError(f"unknown arguments: {', '.join(keywords)}")
+
+
+def supports(q: Any, k: Any = None, v: Any = None, **options: Unpack[AttentionKeywords]) -> Support:
+    """Whether a call would run: the same checks, but data is not read and nothing is raised.
+
+    Takes the arguments of `attention`; with cu_seqlens_q and cu_seqlens_k those of `attention_varlen`, with
+    cache_seqlens those of `attention_decode` (k and v are then the caches).
+
+    Returns: Support(ok, kernel, why).
+    """
+    try:
+        asked = _question(q, k, v, dict(options))
+        ask = _core.supports_decode if asked.decode else _core.supports_forward
+        return Support(*ask(asked.framework.bridge, *asked.arguments))
+    except Exception as error:
+        return Support(False, "", str(error))
+
+
+def explain(
+    q: Any, k: Any = None, v: Any = None, *, device: Device = None, **options: Unpack[AttentionKeywords]
+) -> str:
+    """How a call would run: the problem line, the chosen kernel and its workspace, and why each other kernel refused.
+
+    Takes the arguments that `supports` takes. Or a problem line, such as ``"fwd bf16 b2 q4096 k4096 h32/8 d128
+    causal"``, and a device for it ("cpu", "cuda", "cuda:1"; default: the best there is).
+
+    Raises: as the call would, except that a call that no kernel takes is explained, too.
+    """
+    if isinstance(q, str):
+        return str(_core.explain_line(q, *parse_device(device)))
+    asked = _question(q, k, v, dict(options))
+    ask = _core.explain_decode if asked.decode else _core.explain_forward
+    return str(ask(asked.framework.bridge, *asked.arguments))
+
+
+class Plan:
+    """A call that was checked and dispatched once, to be made many times with other arrays of the same form."""
+
+    def __init__(self, core: _core.AttentionPlan, decode: bool, layout: str, with_lse: bool) -> None:
+        self._core = core
+        self._decode = decode
+        self._layout = layout
+        self._with_lse = with_lse
+
+    @property
+    def kernel(self) -> str:
+        """Name of the chosen kernel."""
+        return self._core.kernel
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory that a call takes from the workspace resource while it runs."""
+        return self._core.workspace_bytes
+
+    def describe(self) -> str:
+        """The problem line, the kernel, the workspace."""
+        return self._core.describe()
+
+    def __repr__(self) -> str:
+        return f"flashcore.Plan({self.describe()})"
+
+    def __call__(
+        self,
+        q: Any,
+        k: Any = None,
+        v: Any = None,
+        *,
+        out: Any = None,
+        lse: Any = None,
+        stream: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Runs on arrays of the planned shapes, strides and dtypes; others are refused with ValueError.
+
+        `others` are the planned call's other arrays by name (mask, bias, cu_seqlens_q, cache_seqlens, …), and
+        max_seqlen_q, max_seqlen_k, rotary_interleaved where the plan has them. Returns what the planned call returns.
+        """
+        framework = known.get(type(q)) or classify(q)
+        handle: Optional[int] = None if stream is None else stream_handle(stream)
+        if k is None:
+            q, k, v = _unpack(framework, q, v, self._layout)
+        if out is None or self._with_lse:
+            out, lse = results(framework, q, v, self._layout, self._with_lse, out, lse, handle)
+        if self._decode:
+            arrays = (q, *_take(others, _DECODE_ARRAYS))
+            interleaved = bool(others.pop("rotary_interleaved", False))
+            _refuse_unknown(others)
+            self._core.run_decode(framework.bridge, arrays, (k, v), interleaved, (out, lse), handle)
+        else:
+            arrays, bounds = (q, k, v, *_NO_FORWARD_ARRAYS), (-1, -1)
+            if others:
+                bounds = (_bound(others.pop("max_seqlen_q", None)), _bound(others.pop("max_seqlen_k", None)))
+                arrays = (q, k, v, *_take(others, _FORWARD_ARRAYS))
+                _refuse_unknown(others)
+            self._core.run_forward(framework.bridge, arrays, (out, lse), *bounds, handle)
+        return finished(framework, out, lse)
+
+
+def plan(q: Any, k: Any = None, v: Any = None, **options: Unpack[AttentionKeywords]) -> Plan:
+    """Checks and dispatches a call without making it. Takes the arguments that `supports` takes; data is not read.
+
+    ``plan(q, k, v, causal=True)(q, k, v, out=out)`` does what ``attention(q, k, v, causal=True, out=out)`` does.
+
+    Raises: as the call would.
+    """
+    asked = _question(q, k, v, dict(options))
+    make = _core.plan_decode if asked.decode else _core.plan_forward
+    return Plan(make(asked.framework.bridge, *asked.arguments), asked.decode, asked.layout, asked.arguments[-1])

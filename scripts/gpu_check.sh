@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Proof on a GPU: builds the library, runs every test with the CUDA kernels, a part of them under compute-sanitizer, and
+# writes bench/results/gpu_check.json. Needs nvcc, CMake, ninja and Python with the packages of the test extra; no network.
+#
+#   FLASHCORE_ARCHS     architectures to build for (default: that of the GPU present)
+#   FLASHCORE_WHEELS    a folder with wheels and Debian packages that are missing on the machine
+#   GTest_ROOT          GoogleTest: an installed prefix or a source tree
+#   FLASHCORE_GIT_SHA   the commit, where the tree has no .git
+#   OUT                 a folder that the logs and the result are copied to
+#   PYTHON, STEP_LIMIT  the interpreter (python3) and the most seconds that a step may take (600)
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+work=$PWD/build/gpu_check
+site=$work/site
+python=${PYTHON:-python3}
+mkdir -p "$work" "$site"
+rm -f "$work"/*.log "$work"/*.xml "$work"/steps.tsv
+touch "$work/steps.tsv"
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+export XLA_PYTHON_CLIENT_PREALLOCATE=false  # several frameworks share the GPU's memory
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+capability=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | tr -d .)
+archs=${FLASHCORE_ARCHS:-${capability:+$capability-real}}
+
+# step NAME COMMAND…: runs it under the time limit, keeps its log, exit status and seconds, and goes on.
+step() {
+  local name=$1 start=$SECONDS status
+  shift
+  echo "== $name"
+  timeout --kill-after=10 "${STEP_LIMIT:-600}" "$@" > "$work/$name.log" 2>&1
+  status=$?
+  printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >> "$work/steps.tsv"
+  ((status == 0)) || tail -n 40 "$work/$name.log"
+  return "$status"
+}
+
+install_carried() {
+  local packages=$1 wheels
+  wheels=$(find "$packages" -type f -name '*.whl')
+  [[ -z $wheels ]] || xargs "$python" -m pip install --no-index --no-deps --upgrade --target "$site" <<< "$wheels" ||
+    return 1
+  find "$packages" -type f -name '*.deb' -exec dpkg -x {} "$work/debian" \;
+}
+
+build_googletest() {
+  cmake -S "$1" -B "$work/googletest" -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_GMOCK=OFF &&
+    cmake --build "$work/googletest" && cmake --install "$work/googletest" --prefix "$work/googletest-prefix"
+}
+
+build_library() {
+  cmake -S . -B "$work/cmake" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHCORE_CUDA=ON -DFLASHCORE_ARCHS="$archs" &&
+    cmake --build "$work/cmake"
+}
+
+install_package() {
+  CMAKE_ARGS="-DFLASHCORE_CUDA=ON -DFLASHCORE_ARCHS=$archs" "$python" -m pip install --no-index --no-deps \
+    --no-build-isolation --upgrade --target "$site" .
+}
+export -f install_carried build_googletest build_library install_package
+export work site python archs
+
+step gpu nvidia-smi
+if [[ -n ${FLASHCORE_WHEELS:-} ]]; then
+  step carried bash -c 'install_carried "$0"' "$FLASHCORE_WHEELS"
+  [[ -d $work/debian/usr ]] && export GTest_ROOT=${GTest_ROOT:-$work/debian/usr}
+fi
+if [[ -f ${GTest_ROOT:-}/CMakeLists.txt ]]; then
+  step googletest bash -c 'build_googletest "$0"' "$GTest_ROOT" && export GTest_ROOT=$work/googletest-prefix
+fi
+
+tests=$work/cmake/cpp_tests/flashcore_tests
+small='*cuda*:*Cuda*:-*ReferenceShapes*:*SameBits*'
+memcheck=(compute-sanitizer --tool memcheck --error-exitcode 99)
+if step build bash -c build_library; then
+  step ctest ctest --test-dir "$work/cmake" --parallel "$(nproc)" --no-tests=error --output-on-failure \
+    --output-junit "$work/ctest.xml"
+  step ctest-memcheck "${memcheck[@]}" "$tests" --gtest_filter="$small" --gtest_output="xml:$work/ctest-memcheck.xml"
+fi
+if step install bash -c install_package; then
+  step pytest "$python" -m pytest -q --junitxml="$work/pytest.xml"
+  step pytest-memcheck "${memcheck[@]}" --target-processes all "$python" -m pytest -q -m sanitizer \
+    --junitxml="$work/pytest-memcheck.xml"
+fi
+
+"$python" scripts/gpu_check_report.py "$work" 2>&1 | tee "$work/report.log"
+status=${PIPESTATUS[0]}
+if [[ -n ${OUT:-} ]]; then
+  mkdir -p "$OUT"
+  (cd "$work" && tar -czf "$OUT/gpu_check_logs.tar.gz" -- *.log steps.tsv $(compgen -G '*.xml'))
+  cp bench/results/gpu_check.json "$OUT/"
+fi
+exit "$status"

@@ -1,0 +1,28 @@
+// What the vectorised rows of the CPU backend give to its table.
+#pragma once
+
+#include <string>
+
+#include "../kernel.h"
+
+namespace flashcore::cpu {
+
+/// Throws InvalidArgument where FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be followed.
+void plan_flash_forward(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan);
+void launch_flash_forward(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream);
+
+/// Empty, or why a call is not for the decode row.
+std::string refuse_flash_decode(const detail::Problem& problem, const DeviceInfo& device);
+void plan_flash_decode(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan);
+void launch_flash_decode(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream);
+
+void plan_flash_backward(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan);
+void launch_flash_backward(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream);
+
+/// Threads that are worth waking for a call of so many operations.
+int threads_for(double operations);
+
+/// Rows that no sequence owns: out = 0, lse = −inf.
+void clear_unowned_rows(const detail::Params& params);
+
+}  // namespace flashcore::cpu

@@ -1,0 +1,208 @@
+// Backward: dq, dk and dv of one key head and the queries that share it, with queries in the vector lanes.
+//
+// For each block of keys and each query block, with P^T and dS^T from score_grads.h:
+//   dV += P^T·dO,  dK += dS^T·Q     vectors along the head dimension, weights broadcast
+//   dQ^T += K^T·dS^T                as the forward's O^T
+// so neither P nor dS is ever transposed. Everything is summed in floats and rounded once.
+#pragma once
+
+#include "isa.h"
+#include "score_grads.h"
+
+namespace flashcore::cpu {
+namespace {
+
+FLASHCORE_INLINE std::int64_t whole_vectors(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+/// C += A·B for B and C of any width: rows of whole vectors, `ld` floats apart.
+FLASHCORE_INLINE void multiply_wide_rows(const ScoreTile& a, const KeyRows& b, float* c, std::int64_t ld) {
+  Product p;
+  p.m = a.keys;
+  p.k = a.queries;
+  p.a = a.data;
+  p.lda = a.width();
+  p.ldb = b.stride;
+  p.ldc = ld;
+  for (std::int64_t n = 0; n < ld;) {
+    const std::int64_t left = (ld - n) / kLanes;
+    p.b = b.data + n;
+    p.c = c + n;
+    // Three vectors at a time, but 2 + 2 for the last four.
+    if (left >= 3 && left != 4) {
+      multiply<3, false, Start::add, false, 0, 0>(p);
+      n += 3 * kLanes;
+    } else if (left >= 2) {
+      multiply<2, false, Start::add, false, 0, 0>(p);
+      n += 2 * kLanes;
+    } else {
+      multiply<1, false, Start::add, false, 0, 0>(p);
+      n += kLanes;
+    }
+  }
+}
+
+class Backward {
+ public:
+  Backward(const detail::Params& p, const BackwardTask& task, Arena scratch)
+      : Backward(p, task, scratch, Arena(task.workspace)) {}
+
+  void run() {
+    const std::int64_t keys = s_.seqlen_k;
+    std::memset(dk_, 0, static_cast<std::size_t>(keys * width_) * sizeof(float));
+    std::memset(dv_, 0, static_cast<std::size_t>(keys * width_v_) * sizeof(float));
+    const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
+    for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_)
+      with_storage(p_.dtype, [this](auto storage) { add_head<decltype(storage)>(); });
+    with_storage(p_.dtype, [this](auto storage) {
+      store_rows<decltype(storage)>(p_.grad.dk, dk_, width_, p_.size.head_dim, scale_);
+      store_rows<decltype(storage)>(p_.grad.dv, dv_, width_v_, p_.size.head_dim_v, 1.f);
+    });
+  }
+
+ private:
+  Backward(const detail::Params& p, const BackwardTask& task, Arena scratch, Arena workspace)
+      : p_(p),
+        task_(task),
+        s_(task.sequence),
+        width_(whole_vectors(p.size.head_dim)),
+        width_v_(whole_vectors(p.size.head_dim_v)),
+        queries_(whole_vectors(s_.seqlen_q)),
+        scale_(static_cast<float>(p.score.scale)),
+        columns_{workspace.take<float>(queries_ * p.size.head_dim), workspace.take<float>(queries_ * p.size.head_dim_v),
+                 workspace.take<float>(queries_), workspace.take<float>(queries_)},
+        dq_columns_(workspace.take<float>(queries_ * p.size.head_dim)),
+        q_rows_(workspace.take<float>(queries_ * width_)),
+        dout_rows_(workspace.take<float>(queries_ * width_v_)),
+        dk_(workspace.take<float>(s_.seqlen_k * width_)),
+        dv_(workspace.take<float>(s_.seqlen_k * width_v_)),
+        grads_(p, s_, scratch),
+        keys_(p, p.k, s_, task.head_k, p.size.head_dim, scratch.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
+        values_(p, p.v, s_, task.head_k, p.size.head_dim_v,
+                scratch.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)) {}
+
+  /// A query block as a tile without keys.
+  ScoreTile tile_of(std::int64_t block) const {
+    const VectorRange range = vectors_of_block(block, s_.seqlen_q);
+    const std::int64_t first = range.begin * kLanes;
+    const int vectors = static_cast<int>(range.end - range.begin);
+    return {nullptr, vectors, 0,
+            0,       first,   static_cast<int>(min_of<std::int64_t>(vectors * kLanes, s_.seqlen_q - first))};
+  }
+
+  QueryColumns columns_of(const ScoreTile& t) const {
+    const std::int64_t first = t.first_query;
+    return {columns_.q + first * p_.size.head_dim, columns_.dout + first * p_.size.head_dim_v, columns_.lse + first,
+            columns_.delta + first};
+  }
+
+  template <class T>
+  const T* row(const detail::TensorParams& t, std::int64_t i) const {
+    return static_cast<const T*>(t.data) + detail::q_offset(t, s_, head_, i);
+  }
+
+  template <class T>
+  void add_head() {
+    const std::int64_t blocks = (queries_ / kLanes + kTileVectors - 1) / kTileVectors;
+    for (std::int64_t n = 0; n < blocks; ++n)
+      pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
+    widen_queries(p_.q, p_.size.head_dim, q_rows_, T{});
+    widen_queries(p_.grad.dout, p_.size.head_dim_v, dout_rows_, T{});
+    if (task_.dsinks) add_sink_gradient();
+    std::memset(dq_columns_, 0, static_cast<std::size_t>(queries_ * p_.size.head_dim) * sizeof(float));
+    for (std::int64_t first = 0; first < s_.seqlen_k; first += kBlockKeys) {
+      const int count = static_cast<int>(min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - first));
+      for (std::int64_t n = 0; n < blocks; ++n) add_block(tile_of(n), {keys_, values_, first, count});
+    }
+    for (std::int64_t n = 0; n < blocks && p_.grad.dq.data; ++n) {
+      const ScoreTile t = tile_of(n);
+      const VecF factor[kTileVectors] = {broadcast(scale_), broadcast(scale_), broadcast(scale_)};
+      T* dq = static_cast<T*>(p_.grad.dq.data) + detail::q_offset(p_.grad.dq, s_, head_, t.first_query);
+      unpack_transposed<T>(dq_columns_ + t.first_query * p_.size.head_dim, t.vectors, factor, dq, p_.grad.dq.seq,
+                           t.queries, p_.size.head_dim);
+    }
+  }
+
+  /// Rows that are whole vectors of floats, dense, are used where they lie.
+  bool in_place(const detail::TensorParams& t, int dim) const {
+    return p_.dtype == DType::float32 && t.seq == dim && whole_vectors(dim) == dim;
+  }
+  template <class T>
+  void widen_queries(const detail::TensorParams& t, int dim, float* rows, T) {
+    if (in_place(t, dim)) return;
+    for (std::int64_t i = 0; i < s_.seqlen_q; ++i) widen_row(row<T>(t, i), dim, rows + i * whole_vectors(dim));
+  }
+  KeyRows query_rows(const detail::TensorParams& t, int dim, const float* rows, std::int64_t first) const {
+    const std::int64_t width = whole_vectors(dim);
+    return {in_place(t, dim) ? row<float>(t, first) : rows + first * width, width};
+  }
+
+  /// The sink is a score whose value is 0: its gradient is −weight · Δ.
+  void add_sink_gradient() {
+    const float sink = detail::head_value<float>(p_.sinks, 0, head_, 0.f) * kLog2E;
+    double sum = 0;
+    for (std::int64_t i = 0; i < s_.seqlen_q; ++i)
+      sum -= exp2(broadcast(sink - columns_.lse[i]))[0] * columns_.delta[i];
+    task_.dsinks[s_.batch * p_.size.heads_q + head_] = sum;
+  }
+
+  /// What a span of keys and a query block give to each other.
+  void add_block(const ScoreTile& block, const KeySpan& span) {
+    if (!grads_.find(block, head_, columns_of(block), span)) return;
+    grads_.pass_softcap();
+    const ScoreTile& weights = grads_.weights();
+    const ScoreTile grads = grads_.grads();
+    const std::int64_t key = grads.first_key;
+    const std::int64_t query = grads.first_query;
+    const int dim = p_.size.head_dim;
+    const int dim_v = p_.size.head_dim_v;
+    if (p_.grad.dv.data)
+      multiply_wide_rows(weights, query_rows(p_.grad.dout, dim_v, dout_rows_, query), dv_ + key * width_v_, width_v_);
+    if (p_.grad.dk.data) multiply_wide_rows(grads, query_rows(p_.q, dim, q_rows_, query), dk_ + key * width_, width_);
+    if (!p_.grad.dq.data) return;
+    const KeyRows k = keys_.rows(span.first, span.count).from(key - span.first);
+    float* dq = dq_columns_ + query * dim;
+    if (grads_.some_excluded() && !keys_.is_finite(span.first, span.count))
+      add_values_with_weight(grads, k, dim, dq);
+    else
+      add_values<Start::add>(grads, k, dim, dq, nullptr, nullptr);
+  }
+
+  template <class T>
+  void store_rows(const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
+    if (!target.data) return;
+    for (std::int64_t j = 0; j < s_.seqlen_k; ++j) {
+      T* to = static_cast<T*>(target.data) + detail::k_offset(p_, target, s_, task_.head_k, j);
+      for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + j * width + d) * factor, dim - d);
+    }
+  }
+
+  const detail::Params& p_;
+  const BackwardTask& task_;
+  const detail::Sequence& s_;
+  const std::int64_t width_;    // of rows of head_dim, in whole vectors
+  const std::int64_t width_v_;  // of rows of head_dim_v
+  const std::int64_t queries_;  // rounded up to whole vectors
+  const float scale_;
+  const QueryColumns columns_;  // of all query blocks of a head
+  float* const dq_columns_;
+  float* const q_rows_;  // (seqlen_q, width_)
+  float* const dout_rows_;
+  float* const dk_;  // (seqlen_k, width_)
+  float* const dv_;
+  ScoreGrads grads_;
+  KeyBlocks keys_;
+  KeyBlocks values_;
+  std::int64_t head_ = 0;
+};
+
+void backward(const detail::Params& params, const BackwardTask& task, void* scratch) {
+  Backward(params, task, Arena(scratch)).run();
+}
+
+std::size_t backward_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
+  return ScoreGrads::bytes() + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
+         Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes);
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

@@ -1,0 +1,66 @@
+// Chooses the instruction set that the CPU kernels run with.
+#include "isa.h"
+
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "flashcore/error.h"
+
+namespace flashcore::cpu {
+
+#if defined(__x86_64__)
+extern const Isa kBaselineIsa;
+extern const Isa kAvx2Isa;
+extern const Isa kAvx512Isa;
+#elif defined(__aarch64__)
+extern const Isa kNeonIsa;
+#endif
+
+namespace {
+
+struct Choice {
+  const Isa* isa;
+  bool runs_here;
+};
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks whether the operating system saves the registers. Every processor with AVX2 and FMA
+// has F16C.
+const Choice kChoices[] = {
+    {&kAvx512Isa, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
+    {&kAvx2Isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")},
+    {&kBaselineIsa, true},
+};
+#elif defined(__aarch64__)
+const Choice kChoices[] = {{&kNeonIsa, true}};
+#else
+#error "the CPU kernels know x86-64 and aarch64"
+#endif
+
+std::string names_of_choices() {
+  std::string names;
+  for (const Choice& choice : kChoices)
+    if (choice.runs_here) names += (names.empty() ? "" : ", ") + std::string(choice.isa->name);
+  return names;
+}
+
+}  // namespace
+
+const Isa& chosen_isa() {
+  const char* wanted = std::getenv("FLASHCORE_CPU_ISA");
+  if (wanted && !*wanted) wanted = nullptr;
+  for (const Choice& choice : kChoices) {
+    if (wanted && std::string_view(wanted) != choice.isa->name) continue;
+    if (choice.runs_here) return *choice.isa;
+    if (wanted)
+      throw InvalidArgument("FLASHCORE_CPU_ISA is \"" + std::string(wanted) +
+                            "\", which this processor does not have; it has " + names_of_choices());
+  }
+  throw InvalidArgument("FLASHCORE_CPU_ISA is \"" + std::string(wanted) + "\", which is unknown; this processor has " +
+                        names_of_choices());
+}
+
+}  // namespace flashcore::cpu

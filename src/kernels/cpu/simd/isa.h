@@ -1,0 +1,94 @@
+// Isa: the CPU kernels as compiled for one instruction set, as a table of functions; and the choice between them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../params.h"
+#include "../../semantics.h"
+
+namespace flashcore::cpu {
+
+/// Forward work of one thread: blocks of queries of heads that share a key head.
+struct ForwardTask {
+  detail::Sequence sequence;
+  std::int64_t head_begin;
+  std::int64_t head_end;
+  std::int64_t block_begin;  // of `query_blocks(seqlen_q)`
+  std::int64_t block_end;
+};
+
+/// Decode work of one thread: all queries of a key head against a span of its keys. What comes out is partial.
+struct DecodeTask {
+  detail::Sequence sequence;
+  std::int64_t head_k;
+  std::int64_t key_begin;
+  std::int64_t key_end;
+  float* partial;
+};
+
+/// Backward work of one thread: a key head and all queries that share it.
+struct BackwardTask {
+  detail::Sequence sequence;
+  std::int64_t head_k;
+  void* workspace;  // of backward_workspace() bytes
+  double* dsinks;   // (batch, heads_q): each sequence's part of the sinks' gradients; null: not wanted
+};
+
+/// A tile of dbias, in dbias's own shape.
+struct BiasGradTask {
+  std::int64_t batch;
+  std::int64_t head;
+  std::int64_t query_block;
+  std::int64_t key_block;
+};
+
+struct Isa {
+  const char* name;
+  int lanes;         // queries in a vector
+  int tile_vectors;  // vectors in a query block
+
+  void (*forward)(const detail::Params& params, const ForwardTask& task, void* scratch);
+  /// Bytes of scratch for a task of `blocks` query blocks.
+  std::size_t (*forward_scratch)(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t blocks);
+
+  void (*decode)(const detail::Params& params, const DecodeTask& task, void* scratch);
+  /// Bytes of scratch for `rows` queries of a key head.
+  std::size_t (*decode_scratch)(std::int64_t rows, std::int64_t head_dim, std::int64_t head_dim_v);
+  /// Writes out and lse from the partial results of `spans` spans, which lie behind each other in the order of keys.
+  void (*merge_spans)(const detail::Params& params, const detail::Sequence& sequence, std::int64_t head_k,
+                      float* partials, std::int64_t spans);
+
+  void (*backward)(const detail::Params& params, const BackwardTask& task, void* scratch);
+  std::size_t (*backward_scratch)(std::int64_t head_dim, std::int64_t head_dim_v);
+
+  void (*bias_grad)(const detail::Params& params, const BiasGradTask& task, void* scratch);
+  std::size_t (*bias_grad_scratch)(std::int64_t head_dim, std::int64_t head_dim_v);
+  int block_keys;  // of a tile of dbias; its queries are lanes · tile_vectors
+
+  /// Bytes that a backward task needs: both forms of q and dout, and the gradients as floats. Enough for every
+  /// instruction set, so that a plan holds for each.
+  static std::size_t backward_workspace(std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t head_dim,
+                                        std::int64_t head_dim_v) {
+    const auto whole = [](std::int64_t x) { return (x + 15) / 16 * 16; };
+    const std::int64_t dims = whole(head_dim) + whole(head_dim_v);
+    const std::int64_t floats = whole(seqlen_q) * (2 * dims + whole(head_dim) + 2) + seqlen_k * dims;
+    return static_cast<std::size_t>(floats) * sizeof(float) + 16 * 64;
+  }
+
+  /// Floats of a partial result.
+  static std::int64_t partial_floats(std::int64_t rows, std::int64_t head_dim_v) {
+    return (rows + 3) / 4 * 4 * (2 + (head_dim_v + 15) / 16 * 16);
+  }
+
+  std::int64_t query_blocks(std::int64_t seqlen_q) const {
+    const std::int64_t vectors = (seqlen_q + lanes - 1) / lanes;
+    return (vectors + tile_vectors - 1) / tile_vectors;
+  }
+};
+
+/// The best one that this processor runs, or the one that FLASHCORE_CPU_ISA names. Throws InvalidArgument where that
+/// is unknown or where the processor lacks it.
+const Isa& chosen_isa();
+
+}  // namespace flashcore::cpu

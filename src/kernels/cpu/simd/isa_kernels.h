@@ -1,0 +1,33 @@
+// All kernels of one instruction set: what each isa_*.cpp compiles with its own flags.
+#pragma once
+
+#include "linkage.h"
+
+#include "backward.h"
+#include "bias_grad.h"
+#include "decode.h"
+#include "forward.h"
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr Isa isa_kernels(const char* name) {
+  return {
+      .name = name,
+      .lanes = kLanes,
+      .tile_vectors = kTileVectors,
+      .forward = forward,
+      .forward_scratch = forward_scratch,
+      .decode = decode,
+      .decode_scratch = decode_scratch,
+      .merge_spans = merge_spans,
+      .backward = backward,
+      .backward_scratch = backward_scratch,
+      .bias_grad = bias_grad,
+      .bias_grad_scratch = bias_grad_scratch,
+      .block_keys = kBlockKeys,
+  };
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

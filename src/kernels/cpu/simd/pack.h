@@ -1,0 +1,121 @@
+// Between storage and tiles: conversion to floats, and transposition so that queries stand in the lanes.
+#pragma once
+
+#include "vec.h"
+
+#include "../../semantics.h"
+
+namespace flashcore::cpu {
+namespace {
+
+/// Calls `body` with a value of the type that `dtype` is stored in.
+template <class Body>
+FLASHCORE_INLINE void with_storage(DType dtype, Body&& body) {
+  if (dtype == DType::float16) return body(detail::Float16{});
+  if (dtype == DType::bfloat16) return body(detail::BFloat16{});
+  body(float{});
+}
+
+/// The same with the bytes of a boolean mask.
+template <class Body>
+FLASHCORE_INLINE void with_plane_storage(DType dtype, Body&& body) {
+  if (dtype == DType::boolean) return body(std::uint8_t{});
+  with_storage(dtype, body);
+}
+
+/// Rows of floats.
+struct KeyRows {
+  const float* data;
+  std::int64_t stride;
+
+  FLASHCORE_INLINE KeyRows from(std::int64_t row) const { return {data + row * stride, stride}; }
+};
+
+/// rows × columns of an array in memory; columns are contiguous.
+template <class T>
+struct Rows {
+  const T* data;
+  std::int64_t stride;
+  int rows;
+  int columns;
+};
+
+/// tile[column][row] = factor · source[row][column], for `vectors` vectors of a tile whose rows are `width` floats
+/// apart. Lanes without a row are 0.
+template <class T>
+__attribute__((noinline)) void pack_transposed(const Rows<T>& source, float factor, int vectors, int width,
+                                               float* tile) {
+  for (int n = 0; n < vectors; ++n) {
+    const int rows = min_of(kLanes, source.rows - n * kLanes);
+    for (int column = 0; column < source.columns; column += kLanes) {
+      const int columns = min_of(kLanes, source.columns - column);
+      const T* from = source.data + n * kLanes * source.stride + column;
+      float* to = tile + static_cast<std::int64_t>(column) * width + n * kLanes;
+      VecF x[kLanes];
+      if (rows == kLanes && columns == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) x[i] = load_floats(from + i * source.stride) * factor;
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          x[i] = i < rows ? load_floats(from + i * source.stride, columns) * factor : VecF{};
+      }
+      transpose(x);
+      if (columns == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + i * width, x[i]);
+      } else {
+        for (int i = 0; i < columns; ++i) store(to + i * width, x[i]);
+      }
+    }
+  }
+}
+
+/// target[row][column] = factor[lane of the row] · tile[column][row], rounded to storage.
+template <class T>
+__attribute__((noinline)) void unpack_transposed(const float* tile, int vectors, const VecF* factor, T* target,
+                                                 std::int64_t stride, int rows, int columns) {
+  const int width = vectors * kLanes;
+  for (int n = 0; n < vectors; ++n)
+    for (int column = 0; column < columns; column += kLanes) {
+      const int count = min_of(kLanes, columns - column);
+      const float* from = tile + static_cast<std::int64_t>(column) * width + n * kLanes;
+      VecF x[kLanes];
+      if (count == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) x[i] = load(from + i * width) * factor[n];
+      } else {
+        for (int i = 0; i < kLanes; ++i) x[i] = i < count ? load(from + i * width) * factor[n] : VecF{};
+      }
+      transpose(x);
+      for (int i = 0; i < kLanes && n * kLanes + i < rows; ++i)
+        store_floats(target + (n * kLanes + i) * stride + column, x[i], count);
+    }
+}
+
+/// A row as floats. `target` has room for whole vectors: what lies behind `count` there becomes 0.
+template <class T>
+FLASHCORE_INLINE void widen_row(const T* source, std::int64_t count, float* target) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(target + i, load_floats(source + i));
+  if (i < count) store(target + i, load_floats(source + i, static_cast<int>(count - i)));
+}
+
+/// `rows` rows behind each other as floats, `columns` apart, with up to a vector of zeros behind the last.
+template <class T>
+__attribute__((noinline)) void widen_rows(const T* source, std::int64_t stride, std::int64_t rows, int columns,
+                                          float* target) {
+  if (stride == columns) return widen_row(source, rows * columns, target);
+  for (std::int64_t i = 0; i < rows; ++i) widen_row(source + i * stride, columns, target + i * columns);
+}
+
+/// Whether none of `count` numbers is NaN or Inf: 0 times them is 0.
+FLASHCORE_INLINE bool all_finite(const float* x, std::int64_t count) {
+  VecF zeros{};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) zeros += load(x + i) * 0.f;
+  if (i < count) zeros += load_floats(x + i, static_cast<int>(count - i)) * 0.f;
+  return sum_of_lanes(zeros) == 0.f;
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

@@ -1,0 +1,110 @@
+// ScoreRules: what a call does to the scores of a tile, and which tiles it needs at all.
+#pragma once
+
+#include "score.h"
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr int kBlockKeys = 128;
+constexpr int kBlockQueries = kLanes * kTileVectors;
+
+/// Vectors [begin, end) of block `index` of a sequence's queries: three, but 2 + 2 at the end instead of 3 + 1.
+struct VectorRange {
+  std::int64_t begin;
+  std::int64_t end;
+};
+FLASHCORE_INLINE VectorRange vectors_of_block(std::int64_t index, std::int64_t seqlen_q) {
+  const std::int64_t vectors = (seqlen_q + kLanes - 1) / kLanes;
+  const std::int64_t blocks = (vectors + kTileVectors - 1) / kTileVectors;
+  const bool uneven = blocks > 1 && vectors % kTileVectors == 1;
+  const std::int64_t begin = index * kTileVectors - (uneven && index == blocks - 1);
+  const std::int64_t end = (index + 1) * kTileVectors - (uneven && index == blocks - 2);
+  return {begin, min_of(end, vectors)};
+}
+
+class ScoreRules {
+ public:
+  /// `plane` has room for a tile.
+  ScoreRules(const detail::Params& p, const detail::Sequence& s, float* plane) : p_(p), s_(s), plane_(plane) {
+    constexpr std::int64_t kFar = std::int64_t{1} << 60;
+    const std::int64_t shift = p.position.top_left ? 0 : s.seqlen_k - s.seqlen_q;
+    high_ = p.position.causal ? shift : kFar;
+    if (p.position.window_right >= 0) high_ = min_of(high_, shift + p.position.window_right);
+    low_ = p.position.window_left >= 0 ? shift - p.position.window_left : -kFar;
+    changes_scores_ = p.score.softcap > 0 || p.alibi.data || p.bias.data || p.mask.data;
+  }
+
+  /// What queries are multiplied with, so that scores come out in units of log 2, or as the argument of tanh.
+  float query_scale() const {
+    constexpr double kUnit = 1.44269504088896341;
+    return static_cast<float>(p_.score.scale * (p_.score.softcap > 0 ? 1 / p_.score.softcap : kUnit));
+  }
+
+  /// Whether scores are changed by more than exclusion by position, so that a tile has to start at 0.
+  bool changes_scores() const { return changes_scores_; }
+
+  /// Keys that some query of [first, first + count) sees by position.
+  detail::KeyRange keys_of(std::int64_t first, int count) const {
+    return {max_of<std::int64_t>(0, first + low_), min_of(s_.seqlen_k, first + count + high_)};
+  }
+
+  /// Whether some query of the tile does not see some key by position.
+  bool has_edges(const ScoreTile& t) const {
+    return t.first_key - (t.first_query + t.queries - 1) < low_ || t.first_key + t.keys - 1 - t.first_query > high_;
+  }
+  void exclude_by_position(const ScoreTile& t) const { keep_band(t, low_, high_); }
+
+  Extent extent(const ScoreTile& t, std::int64_t head) const {
+    return p_.mask.data ? mask_extent(p_.mask, s_, head, t) : Extent::everything;
+  }
+
+  /// Softcap, ALiBi, bias, mask. `slope`, if given, becomes a tile of the softcap's slopes.
+  void change_scores(const ScoreTile& t, std::int64_t head, Extent extent, float* slope = nullptr) const {
+    if (p_.score.softcap > 0) cap_scores(t, static_cast<float>(p_.score.softcap) * kLog2E, slope);
+    if (p_.alibi.data) {
+      const float alibi = detail::head_value<float>(p_.alibi, s_.batch, head, 0.f);
+      add_alibi(t, alibi * kLog2E, t.first_query + s_.seqlen_k - s_.seqlen_q - t.first_key);
+    }
+    if (p_.bias.data) {
+      load_plane(p_.bias, s_, head, t, kLog2E, plane_);
+      add_plane(t, plane_);
+    }
+    if (extent == Extent::part) {
+      load_plane(p_.mask, s_, head, t, 1.f, plane_);
+      keep_where(t, plane_);
+    }
+  }
+
+ private:
+  const detail::Params& p_;
+  const detail::Sequence& s_;
+  float* const plane_;  // the mask's or bias's part of a tile
+  std::int64_t low_;    // query i sees key j where low ≤ j − i ≤ high
+  std::int64_t high_;
+  bool changes_scores_;
+};
+
+/// tile = the products of a block's queries with a tile's keys, started from `offset`; `top` is raised to the largest.
+FLASHCORE_INLINE void multiply_rows(const ScoreTile& t, const KeyRows& rows, int dim, const float* columns,
+                                    const VecF* offset, VecF* top, const char* prefetch) {
+  Product p;
+  p.m = t.keys;
+  p.k = dim;
+  p.a = rows.data;
+  p.lda = rows.stride;
+  p.b = columns;
+  p.c = t.data;
+  p.start = offset;
+  p.max = top;
+  p.prefetch = prefetch;
+  if (rows.stride == 64)
+    multiply_dense<false, Start::given, true, 64>(t.vectors, p);
+  else if (rows.stride == 128)
+    multiply_dense<false, Start::given, true, 128>(t.vectors, p);
+  else
+    multiply_dense<false, Start::given, true>(t.vectors, p);
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

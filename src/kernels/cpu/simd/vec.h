@@ -1,0 +1,232 @@
+// A vector of floats in GCC and Clang's vector extensions, and the few instructions that these cannot say.
+#pragma once
+
+#include "linkage.h"
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../../numbers.h"
+
+namespace flashcore::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileRows = 8;  // with three vectors a row: 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kTileRows = 4;  // 12 accumulators of 16 registers
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kTileRows = 8;
+#else
+constexpr int kLanes = 4;
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 3;
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef std::uint8_t VecB __attribute__((vector_size(kLanes)));
+typedef float UnalignedF __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef std::uint16_t UnalignedH __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef std::uint8_t UnalignedB __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+
+template <class T>
+FLASHCORE_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FLASHCORE_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
+FLASHCORE_INLINE VecF load(const float* p) { return *reinterpret_cast<const UnalignedF*>(p); }
+FLASHCORE_INLINE void store(float* p, VecF v) { *reinterpret_cast<UnalignedF*>(p) = v; }
+FLASHCORE_INLINE VecF broadcast(float x) { return x - VecF{}; }
+FLASHCORE_INLINE VecI broadcast(std::int32_t x) { return x - VecI{}; }
+/// b where the comparison fails, so also where a is NaN.
+FLASHCORE_INLINE VecF max_of(VecF a, VecF b) { return a > b ? a : b; }
+
+/// 0, 1, 2, … as integers.
+FLASHCORE_INLINE VecI lane_numbers() {
+  VecI v;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+FLASHCORE_INLINE float sum_of_lanes(VecF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  float sum[kLanes];
+  store(sum, v);
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+  return sum[0];
+#endif
+}
+
+/// The largest lane that is not NaN.
+FLASHCORE_INLINE float max_of_lanes(VecF v) {
+  float m = -kInfinity;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+/// 2^x for x up to 127, to about 2e-7. Results that would be subnormal are 0: one such weight makes every
+/// multiplication with it some hundred times slower. NaN stays NaN.
+FLASHCORE_INLINE VecF exp2(VecF x) {
+  constexpr float kSmallest = -126.f;
+#if defined(__AVX512DQ__)
+  const VecF fraction = reinterpret_cast<VecF>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0));
+#else
+  constexpr float kRounder = 12582912.f;  // 1.5 · 2^23: adding it rounds to an integer, which is in the low bits
+  const VecF shifted = x + kRounder;
+  const VecF fraction = x - (shifted - kRounder);
+#endif
+  // Minimax polynomial for 2^f on [−1/2, 1/2].
+  VecF p = broadcast(1.3398874e-3f);
+  p = p * fraction + 9.6184370e-3f;
+  p = p * fraction + 5.5503324e-2f;
+  p = p * fraction + 2.4022648e-1f;
+  p = p * fraction + 6.9314718e-1f;
+  p = p * fraction + 1.0f;
+#if defined(__AVX512DQ__)
+  const __mmask16 kept = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
+  return reinterpret_cast<VecF>(
+      _mm512_maskz_scalef_ps(kept, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x - fraction)));
+#else
+  const VecI scaled = reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23);
+  const VecF result = x < kSmallest ? VecF{} : reinterpret_cast<VecF>(scaled);
+  return x == x ? result : x;
+#endif
+}
+
+// ---- storage types ------------------------------------------------------------------------------------------------
+
+FLASHCORE_INLINE VecF widen(VecH bits, detail::BFloat16) {
+  return reinterpret_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
+}
+
+FLASHCORE_INLINE VecF widen(VecH bits, detail::Float16) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return reinterpret_cast<VecF>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#else
+  const VecU half = __builtin_convertvector(bits, VecU);
+  const VecU sign = (half & 0x8000u) << 16;
+  const VecU magnitude = (half & 0x7fffu) << 13;
+  const VecU normal = magnitude + (112u << 23);
+  // A subnormal's bits count units of 2^-24: as the fraction of 2^-14 they are exact, and the subtraction too.
+  const VecF small = reinterpret_cast<VecF>(magnitude + (113u << 23)) - 6.103515625e-05f;
+  VecU result = magnitude < (1u << 23) ? reinterpret_cast<VecU>(small) : normal;
+  result = magnitude >= (31u << 23) ? magnitude | 0x7f800000u : result;  // Inf, NaN
+  return reinterpret_cast<VecF>(result | sign);
+#endif
+}
+
+FLASHCORE_INLINE VecH narrow(VecF v, detail::BFloat16) {
+  const VecU bits = reinterpret_cast<VecU>(v);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU result = v == v ? rounded : (bits >> 16) | 0x40u;
+  return __builtin_convertvector(result, VecH);
+}
+
+FLASHCORE_INLINE VecH narrow(VecF v, detail::Float16) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecH>(_mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return reinterpret_cast<VecH>(_mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const VecU bits = reinterpret_cast<VecU>(v);
+  const VecU sign = (bits & 0x80000000u) >> 16;
+  const VecU magnitude = bits & 0x7fffffffu;
+  // Where the half is subnormal a float addition does the rounding; elsewhere half an ulp less the last bit is added.
+  const VecU small = reinterpret_cast<VecU>(reinterpret_cast<VecF>(magnitude) + 0.5f) - 0x3f000000u;
+  const VecU normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  VecU result = magnitude < 0x38800000u ? small : normal;
+  result = magnitude >= 0x47800000u ? VecU{} + 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : result;
+  return __builtin_convertvector(result | sign, VecH);
+#endif
+}
+
+/// kLanes elements from storage as floats. Bytes (booleans) become 0 or something else.
+FLASHCORE_INLINE VecF load_floats(const float* p) { return load(p); }
+template <class T>
+FLASHCORE_INLINE VecF load_floats(const T* p) {
+  return widen(static_cast<VecH>(*reinterpret_cast<const UnalignedH*>(p)), T{});
+}
+FLASHCORE_INLINE VecF load_floats(const std::uint8_t* p) {
+  return __builtin_convertvector(static_cast<VecB>(*reinterpret_cast<const UnalignedB*>(p)), VecF);
+}
+
+FLASHCORE_INLINE void store_floats(float* p, VecF v) { store(p, v); }
+template <class T>
+FLASHCORE_INLINE void store_floats(T* p, VecF v) {
+  *reinterpret_cast<UnalignedH*>(p) = narrow(v, T{});
+}
+
+/// The same for fewer elements: what lies behind them is neither read nor written.
+template <class T>
+FLASHCORE_INLINE VecF load_floats(const T* p, int count) {
+  if (count >= kLanes) return load_floats(p);
+  T part[kLanes] = {};
+  std::memcpy(part, p, static_cast<std::size_t>(count) * sizeof(T));
+  return load_floats(part);
+}
+template <class T>
+FLASHCORE_INLINE void store_floats(T* p, VecF v, int count) {
+  if (count >= kLanes) return store_floats(p, v);
+  T part[kLanes];
+  store_floats(part, v);
+  std::memcpy(p, part, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// ---- transposition ------------------------------------------------------------------------------------------------
+
+template <int... I>
+FLASHCORE_INLINE VecF zip_low(VecF a, VecF b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & 1) ? kLanes + I / 2 : I / 2)...);
+}
+template <int... I>
+FLASHCORE_INLINE VecF zip_high(VecF a, VecF b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & 1) ? kLanes + kLanes / 2 + I / 2 : kLanes / 2 + I / 2)...);
+}
+
+/// Transposes a square of kLanes vectors in log2(kLanes) rounds of interleaving.
+FLASHCORE_INLINE void transpose(VecF (&x)[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+  VecF y[kLanes];
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      y[2 * i] = zip_low(x[i], x[i + kLanes / 2], Lanes{});
+      y[2 * i + 1] = zip_high(x[i], x[i + kLanes / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

@@ -1,0 +1,10 @@
+// Hopper forward, head_dim bucket 128.
+#include "fwd_launch.cuh"
+
+namespace flashcore::sm90 {
+
+void launch_fwd_d128(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream) {
+  launch_fwd_bucket<128>(plan, params, workspace, stream);
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,108 @@
+// From Params to a launch of the forward kernel: tensor maps, tile order, grid.
+#pragma once
+
+#include <algorithm>
+
+#include "../../cuda/check.h"
+#include "../../cuda/launch.cuh"
+#include "../common/repair.h"
+#include "../common/tensor_map.h"
+#include "../kernel.h"
+#include "fwd.cuh"
+#include "sm90.h"
+
+namespace flashcore::sm90 {
+
+/// Whether some tiles see more keys than others, so that blocks must draw them to stay even.
+inline bool tiles_differ(const detail::PositionParams& position) {
+  return position.causal || position.window_left >= 0 || position.window_right >= 0;
+}
+
+/// Heads whose keys and values are walked together: as many as half of the L2 cache holds where tiles differ in length
+/// (so that long ones can go first), else the heads of one group.
+inline int section_heads(const detail::Params& p) {
+  constexpr std::int64_t kSectionBytes = 32 << 20;
+  const std::int64_t group = p.size.heads_q / p.size.heads_k;
+  if (!tiles_differ(p.position)) return static_cast<int>(group);
+  const std::int64_t bytes = 2 * p.size.seqlen_k * (p.size.head_dim + p.size.head_dim_v);
+  const std::int64_t heads = std::max<std::int64_t>(1, kSectionBytes / std::max<std::int64_t>(1, bytes)) * group;
+  return static_cast<int>(std::min(heads, p.size.batch * p.size.heads_q));
+}
+
+inline tile::KeyWindow key_window(const detail::Params& p) {
+  const detail::PositionParams& position = p.position;
+  const auto shift = position.top_left ? 0 : static_cast<int>(p.size.seqlen_k - p.size.seqlen_q);
+  const int right = position.causal ? 0 : static_cast<int>(position.window_right);
+  return {static_cast<int>(p.size.seqlen_k), shift, static_cast<int>(position.window_left), right};
+}
+
+template <class Traits>
+void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
+  constexpr int kOutRows = 16;  // a warp's
+  const detail::SizeParams& size = p.size;
+  const int m_blocks = static_cast<int>((size.seqlen_q + Traits::kBlockM - 1) / Traits::kBlockM);
+  const int heads = static_cast<int>(size.batch * size.heads_q);
+  if (m_blocks * heads == 0) return;  // before the maps: they cannot be empty
+  const detail::MapShape keys{size.head_dim, size.seqlen_k, size.heads_k, size.batch};
+  const detail::MapShape values{size.head_dim_v, size.seqlen_k, size.heads_k, size.batch};
+  const detail::TensorMap q =
+      make_tensor_map(p.q, p.dtype, {size.head_dim, size.seqlen_q, size.heads_q, size.batch}, Traits::kBlockM);
+  const detail::TensorMap k = make_tensor_map(p.k, p.dtype, keys, Traits::kBlockN);
+  const detail::TensorMap v = make_tensor_map(p.v, p.dtype, values, Traits::kBlockN);
+  const detail::TensorMap out =
+      make_tensor_map(p.out, p.dtype, {size.head_dim_v, size.seqlen_q, size.heads_q, size.batch}, kOutRows);
+
+  FwdArgs args{};
+  args.order = {m_blocks, heads, section_heads(p), m_blocks * heads};
+  if (!Traits::kEven && tiles_differ(p.position) && args.order.tiles > plan.blocks) {
+    args.next_tile = detail::slice<unsigned>(workspace, plan.slices[kTileCounter]);
+    cuda::check(cudaMemsetAsync(args.next_tile, 0, sizeof(unsigned), stream), "zeroing the tile counter");
+  }
+  args.window = key_window(p);
+  args.seqlen_q = static_cast<int>(size.seqlen_q);
+  args.heads_q = size.heads_q;
+  args.group = size.heads_q / size.heads_k;
+  args.q_batch_step = q.batch_step;
+  args.q_head_step = q.head_step;
+  args.k_batch_step = k.batch_step;
+  args.k_head_step = k.head_step;
+  args.v_batch_step = v.batch_step;
+  args.v_head_step = v.head_step;
+  const float kGrowth = 8;  // weights stay below 2^8 of the lazy maximum: room enough in float16
+  args.scale_log2 = (Traits::kGeneral ? 1.0f : static_cast<float>(p.score.scale)) * tile::kLog2e;
+  args.threshold = kGrowth / args.scale_log2;
+  args.params = p;
+  if (!Traits::kEven) args.spoilt = detail::slice<std::uint8_t>(workspace, plan.slices[kSpoiltFlags]);
+
+  constexpr int kSharedBytes = SharedPlan<Traits>::kBytes;
+  const auto kernel = fwd<Traits>;
+  // Idempotent and cheap (no synchronisation); a cache would have to be kept per device.
+  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+              "reserving shared memory");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(plan.blocks, args.order.tiles)));
+  config.blockDim = dim3(Traits::kTile.threads());
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  cuda::check(cudaLaunchKernelEx(&config, kernel, q.map, k.map, v.map, out.map, args), "launching sm90.fwd");
+  if (args.spoilt) repair_spoilt_rows(p, args.spoilt, std::int64_t{m_blocks} * Traits::kConsumers * 4, stream);
+}
+
+template <class Element, int kHeadDim>
+void launch_fwd_kind(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
+  if (p.score.softcap > 0 || p.alibi.data || p.bias.data || p.mask.data)
+    return launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::general>>(plan, p, workspace, stream);
+  if (tiles_differ(p.position))
+    return launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::positional>>(plan, p, workspace, stream);
+  launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::full>>(plan, p, workspace, stream);
+}
+
+/// The six kernels of a bucket.
+template <int kHeadDim>
+void launch_fwd_bucket(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
+  const cuda::DeviceGuard guard(plan.device.index);
+  if (p.dtype == DType::float16) return launch_fwd_kind<detail::Float16, kHeadDim>(plan, p, workspace, stream);
+  launch_fwd_kind<detail::BFloat16, kHeadDim>(plan, p, workspace, stream);
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,20 @@
+// What the files of this folder give to its table.
+#pragma once
+
+#include "../kernel.h"
+
+namespace flashcore::sm90 {
+
+/// Workspace slices of the forward kernel.
+enum FwdSlice { kTileCounter, kSpoiltFlags };
+
+/// Launches of the forward kernel, one per head_dim bucket; each in a file of its own so that they compile in parallel.
+void launch_fwd_d64(const detail::Plan&, const detail::Params&, void* workspace, Stream);
+void launch_fwd_d96(const detail::Plan&, const detail::Params&, void* workspace, Stream);
+void launch_fwd_d128(const detail::Plan&, const detail::Params&, void* workspace, Stream);
+void launch_fwd_d256(const detail::Plan&, const detail::Params&, void* workspace, Stream);
+
+/// The rows of this folder, best first.
+detail::KernelTable table();
+
+}  // namespace flashcore::sm90

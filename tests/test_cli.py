@@ -1,0 +1,72 @@
+"""python -m flashcore: info, explain and demo, as a user types them."""
+
+import importlib.util
+import subprocess
+import sys
+
+import flashcore as fc
+import pytest
+
+
+def run(*words, code=0):
+    done = subprocess.run([sys.executable, "-m", "flashcore", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def test_info():
+    text = run("info")
+    assert fc.__version__ in text
+    assert "cpu" in text
+    assert "reference" in text
+
+
+def test_explain_is_the_librarys_answer():
+    line = "fwd bf16 b2 q4096 k4096 h32/8 d128 causal"
+    assert run("explain", line, "--device", "cpu").strip() == fc.explain(line, device="cpu").strip()
+
+
+def test_explain_takes_words_without_quotes():
+    line = "decode bf16 b64 q1 k8192 h64/8 d128 page16"
+    assert line in run("explain", *line.split(), "--device", "cpu")
+
+
+def test_a_line_that_cannot_be_read_is_one_clear_error():
+    assert "causel" in run("explain", "fwd fp16 b1 q1 k1 h1 d1 causel", code=2)
+
+
+def test_unknown_commands_and_options():
+    assert "usage" in run("fly", code=2)
+    assert "usage" in run("info", "--fast", code=2)
+    assert "usage" in run(code=2)
+
+
+def test_help_names_the_commands():
+    text = run("--help")
+    assert all(command in text for command in ("info", "explain", "demo"))
+
+
+def test_demo_checks_itself_and_draws_here():
+    text = run("demo", "--device", "cpu", "--sentence", "the quick brown fox jumps")
+    assert "pass" in text
+    assert "FAIL" not in text
+    assert "quick" in text
+    assert "reference" in text or "cpu." in text
+
+
+def test_demo_draws_a_png(tmp_path):
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    picture = tmp_path / "heads.png"
+    run("demo", "--device", "cpu", "--png", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.stat().st_size > 10_000
+
+
+def test_demo_on_a_gpu_that_is_not_there(no_cuda):
+    assert "error" in run("demo", "--device", "cuda", code=2)
+
+
+def test_demo_of_an_empty_sentence():
+    assert "error" in run("demo", "--device", "cpu", "--sentence", "", code=2)
