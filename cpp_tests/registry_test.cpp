@@ -14,13 +14,15 @@ namespace {
 
 using namespace flashcore::detail;
 
-TEST(Matches, TakesWholeLeadingOrTrailingWords) {
+TEST(Matches, TakesWholeWordsInARow) {
   EXPECT_TRUE(matches("cuda.reference", ""));
   EXPECT_TRUE(matches("cuda.reference", "cuda.reference"));
   EXPECT_TRUE(matches("cuda.reference", "cuda"));
   EXPECT_TRUE(matches("cuda.reference", "reference"));
   EXPECT_TRUE(matches("cuda.sm90.forward", "cuda.sm90"));
   EXPECT_TRUE(matches("cuda.sm90.forward", "sm90.forward"));
+  EXPECT_TRUE(matches("cuda.sm90.forward", "sm90"));
+  EXPECT_TRUE(matches("cuda.sm90x.sm90", "sm90"));
   EXPECT_TRUE(matches("cuda.sm90.forward", "sm90"));
 }
 

@@ -1,7 +1,7 @@
 """attention(): every feature in every dtype and layout against the float64 oracle."""
 
+import all_kernels
 import flashcore as fc
-import kernels
 import numpy as np
 import pytest
 import reference
@@ -36,7 +36,7 @@ def check(problem, out, lse, xp, layout, kernel="the chosen kernel"):
 def test_matches_the_definition(case, dtype, layout, xp, rng):
     problem = make(case, dtype, rng)
     arrays, words = problem.arrays(xp, layout), problem.keywords(xp)
-    for kernel, (out, lse) in kernels.each(
+    for kernel, (out, lse) in all_kernels.each(
         xp.device, lambda kernel: fc.attention(*arrays, layout=layout, return_lse=True, kernel=kernel, **words)
     ):
         check(problem, out, lse, xp, layout, kernel)
@@ -49,7 +49,7 @@ def test_matches_the_definition(case, dtype, layout, xp, rng):
 def test_everything_at_once_small(dtype, xp, rng):
     problem = make(cut(BY_NAME["everything"], batch=1, seqlen=(3, 9)), dtype, rng)
     arrays, words = problem.arrays(xp), problem.keywords(xp)
-    for kernel, (out, lse) in kernels.each(
+    for kernel, (out, lse) in all_kernels.each(
         xp.device, lambda kernel: fc.attention(*arrays, return_lse=True, kernel=kernel, **words)
     ):
         check(problem, out, lse, xp, "bhsd", kernel)
@@ -59,7 +59,9 @@ def test_everything_at_once_small(dtype, xp, rng):
 def test_every_head_dim(dim, xp, rng):
     problem = make(cut(BY_NAME["plain"], batch=1, seqlen=(5, 9), dim=(dim, dim)), "float16", rng)
     arrays = problem.arrays(xp)
-    for kernel, (out, lse) in kernels.each(xp.device, lambda kernel: fc.attention(*arrays, return_lse=True, kernel=kernel)):
+    for kernel, (out, lse) in all_kernels.each(
+        xp.device, lambda kernel: fc.attention(*arrays, return_lse=True, kernel=kernel)
+    ):
         check(problem, out, lse, xp, "bhsd", kernel)
 
 
@@ -69,7 +71,7 @@ def test_lengths_around_block_edges(seqlen_q, seqlen_k, xp, rng):
     case = cut(BY_NAME["causal_bottom_right"], batch=1, heads=(1, 1), seqlen=(seqlen_q, seqlen_k))
     problem = make(case, "float32", rng)
     arrays, words = problem.arrays(xp), problem.keywords(xp)
-    for kernel, (out, lse) in kernels.each(
+    for kernel, (out, lse) in all_kernels.each(
         xp.device, lambda kernel: fc.attention(*arrays, return_lse=True, kernel=kernel, **words)
     ):
         check(problem, out, lse, xp, "bhsd", kernel)

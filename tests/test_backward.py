@@ -1,7 +1,7 @@
 """attention_backward(): all gradients against the oracle's chain rule and against finite differences."""
 
+import all_kernels
 import flashcore as fc
-import kernels
 import numpy as np
 import pytest
 import reference
@@ -30,7 +30,9 @@ def run(problem, xp, dout, dlse=None, layout="bhsd", **more):
 
 
 def check_each_kernel(problem, xp, dout, dlse=None, layout="bhsd", **more):
-    for name, grads in kernels.each(xp.device, lambda kernel: run(problem, xp, dout, dlse, layout, kernel=kernel, **more)):
+    for name, grads in all_kernels.each(
+        xp.device, lambda kernel: run(problem, xp, dout, dlse, layout, kernel=kernel, **more)
+    ):
         check(problem, grads, dout, dlse, name)
 
 

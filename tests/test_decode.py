@@ -1,7 +1,7 @@
 """attention_decode(): a few queries against a key/value cache, contiguous or paged, with append and rotary."""
 
+import all_kernels
 import flashcore as fc
-import kernels
 import numpy as np
 import pytest
 import reference
@@ -62,7 +62,7 @@ def call(xp, cache, q, new=None, rotary=None, layout="bhsd", **words):
 def check_each_kernel(xp, cache, q, new=None, rotary=None, interleaved=False, layout="bhsd", given=None, **words):
     """`given` are the tensors among `words` as arrays of the framework."""
     arrays = {**words, **(given or {}), "rotary_interleaved": interleaved}
-    for name, actual in kernels.each(
+    for name, actual in all_kernels.each(
         xp.device, lambda kernel: call(xp, cache, q, new, rotary, layout, kernel=kernel, **arrays)
     ):
         check(actual, cache, q, new, rotary, interleaved, name, **words)
@@ -224,7 +224,7 @@ def test_token_by_token_is_causal_attention(xp, rng):
 def test_small(dtype, xp, rng):
     cache = Cache(rng, dtype, capacity=66, page=5, filler=np.nan)
     q, new = queries(rng, cache, 2), new_keys(rng, cache, 2)
-    for _, (out, lse, *_) in kernels.each(
+    for _, (out, lse, *_) in all_kernels.each(
         xp.device, lambda kernel: call(xp, cache, q, new, rotary_tables(8), kernel=kernel)
     ):
         assert not np.isnan(out).any()

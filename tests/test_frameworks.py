@@ -102,7 +102,7 @@ def test_mixed_devices_are_refused(rng, torch):
         fc.attention(q, k.cuda(), v)
 
 
-@pytest.mark.parametrize("given", [[[1.0]], 3.5, None, "q", object()], ids=repr)
+@pytest.mark.parametrize("given", [[[1.0]], 3.5, None, "q", object()], ids=["list", "float", "none", "str", "object"])
 def test_what_is_no_array_is_refused(given):
     with pytest.raises(TypeError):
         fc.attention(given, given, given)

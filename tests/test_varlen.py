@@ -1,7 +1,7 @@
 """attention_varlen(): packed sequences of different lengths against the oracle, each sequence alone."""
 
+import all_kernels
 import flashcore as fc
-import kernels
 import numpy as np
 import pytest
 import reference
@@ -45,7 +45,9 @@ def call(xp, tensors, cuts, dtype, **more):
 
 
 def check_each_kernel(xp, tensors, cuts, dtype, options, **words):
-    for name, actual in kernels.each(xp.device, lambda kernel: call(xp, tensors, cuts, dtype, kernel=kernel, **words)):
+    for name, actual in all_kernels.each(
+        xp.device, lambda kernel: call(xp, tensors, cuts, dtype, kernel=kernel, **words)
+    ):
         check(actual, tensors, cuts, dtype, options, name)
 
 
@@ -149,7 +151,7 @@ def test_backward_matches_the_chain_rule(name, words, dtype, xp, rng):
     dout = rounded(rng.standard_normal((cuts[0][-1], 4, 16)), dtype)
     dlse = rounded(rng.standard_normal((4, cuts[0][-1])), lse_dtype(dtype))
     sinks = {"sinks": rounded(rng.standard_normal(4), "float32")}
-    answers = kernels.each(
+    answers = all_kernels.each(
         xp.device, lambda kernel: backward(xp, tensors, cuts, dtype, dout, dlse, sinks, kernel=kernel, **words)
     )
     inputs = (dout, *tensors, *cuts, Options(**words, **sinks), dlse)

@@ -1,4 +1,4 @@
-// AttentionCase: a problem line turned into tensors full of random numbers, run by the library and judged by the oracle.
+// AttentionCase: a problem line made into tensors of random numbers, run by the library and judged by the oracle.
 //
 // What no query may see (masked keys, rows beyond a length, gaps between rows) holds NaN, so every case also proves
 // that what is excluded is never multiplied.

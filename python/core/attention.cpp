@@ -131,14 +131,31 @@ nb::typed<nb::tuple, bool, std::string, std::string> to_tuple(const Support& sup
 
 // ---- calls -------------------------------------------------------------------------------------------------------
 
-void forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
-             std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
+/// A new array for out, made by the framework. Its short cut will do where out has q's shape and dtype and q is dense.
+nb::object new_result(const Bridge& bridge, nb::handle arrays, const AttentionInputs& in, nb::handle stream) {
+  const TensorView &q = in.q, &v = in.v;
+  const nb::handle q_array = PyTuple_GetItem(arrays.ptr(), 0);
+  if (!bridge.empty_like.is_none() && q.rank > 0 && v.rank > 0 && q.shape[q.rank - 1] == v.shape[v.rank - 1] &&
+      q.dtype != DType::float8_e4m3 && q.stride == dense(q).stride)
+    return bridge.empty_like(q_array);
+  return bridge.result(q_array, nb::handle(PyTuple_GetItem(arrays.ptr(), 2)), stream);
+}
+
+/// Returns out: the array given, or a new one.
+nb::object forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
+                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
   Reader reader(bridge, stream);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
-  const AttentionOutputs out = read_outputs(reader, results);
+  AttentionOutputs out = read_outputs(reader, results);
+  nb::object out_array = nb::borrow(PyTuple_GetItem(results.ptr(), 0));
+  if (!out.out && in.v) {
+    out_array = new_result(bridge, arrays, in, stream);
+    out.out = reader.read(out_array, "out", Access::write);
+  }
   const Stream run_on = reader.stream(in.q.device);
   nb::gil_scoped_release release;
   attention_forward(in, out, options.value, run_on);
+  return out_array;
 }
 
 /// Seconds that the library's own call takes, without anything of Python: what `bench/overhead.py` compares with.

@@ -154,16 +154,17 @@ void bind_bridge(nb::module_& m) {
   nb::class_<Bridge>(m, "Bridge", "How the arrays of one framework are read.")
       .def(
           "__init__",
-          [](Bridge* self, nb::object type, nb::dict keywords, nb::object reinterpret, nb::object current_stream,
-             bool exchange, bool ordered, bool immutable) {
+          [](Bridge* self, nb::object type, nb::dict keywords, nb::object reinterpret, nb::object result,
+             nb::object current_stream, nb::object empty_like, bool exchange, bool ordered, bool immutable) {
             const dl::ExchangeApi* api = exchange ? exchange_api(type) : nullptr;
-            new (self) Bridge{type, keywords, reinterpret, current_stream, api, ordered, immutable};
+            new (self) Bridge{type, keywords, reinterpret, current_stream, result, empty_like, api, ordered, immutable};
           },
-          nb::arg("type"), nb::arg("keywords"), nb::arg("reinterpret"), nb::arg("current_stream").none() = nb::none(),
+          nb::arg("type"), nb::arg("keywords"), nb::arg("reinterpret"), nb::arg("result"),
+          nb::arg("current_stream").none() = nb::none(), nb::arg("empty_like").none() = nb::none(),
           nb::arg("exchange") = false, nb::arg("ordered") = false, nb::arg("immutable") = false,
-          nb::sig("def __init__(self, type: type, keywords: dict[str, object], reinterpret: object, "
-                  "current_stream: object = None, exchange: bool = False, ordered: bool = False, "
-                  "immutable: bool = False) -> None"))
+          nb::sig("def __init__(self, type: type, keywords: dict[str, object], reinterpret: object, result: object, "
+                  "current_stream: object = None, empty_like: object = None, exchange: bool = False, "
+                  "ordered: bool = False, immutable: bool = False) -> None"))
       .def_prop_ro("has_exchange_api", [](const Bridge& self) { return self.api != nullptr; })
       .def(
           "describe",

@@ -20,6 +20,8 @@ struct Bridge {
   nb::object keywords;                   // dict: given to `__dlpack__`
   nb::object reinterpret;                // for an array that refuses `__dlpack__`: -> (array, dtype name or "")
   nb::object current_stream;             // device index -> the framework's current stream, or None
+  nb::object result;                     // (q, v, stream) -> a new array for attention's out
+  nb::object empty_like;                 // its short cut where out is just like a dense q; or None
   const dl::ExchangeApi* api = nullptr;  // the C table, instead of `__dlpack__`
   bool ordered = false;                  // `__dlpack__(stream=…)` is to order the framework's work before ours
   bool immutable = false;                // results cannot be written into arrays of this framework

@@ -403,9 +403,9 @@ def _forward(
         framework.inspect(arrays)
     if stream is not None:
         stream = stream_handle(stream)
-    if out is None or return_lse:
-        out, lse = results(framework, arrays[0], arrays[2], layout, return_lse, out, lse, stream)
-    _core.forward(framework.bridge, arrays, (out, lse), options, *bounds, stream)
+    if return_lse and lse is None:
+        lse = framework.rows(arrays[0], ROW_ORDER[layout], stream)
+    out = _core.forward(framework.bridge, arrays, (out, lse), options, *bounds, stream)
     return out if lse is None and framework.finish is None else finished(framework, out, lse)
 
 

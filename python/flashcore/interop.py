@@ -40,7 +40,7 @@ class Framework:
     finish: Optional[Callable[[Any], Any]] = None
 
     def __init__(self, array_type: type) -> None:
-        self.bridge = _core.Bridge(array_type, _VERSIONED, explain_refusal, ordered=True)
+        self.bridge = _core.Bridge(array_type, _VERSIONED, explain_refusal, self.result, ordered=True)
 
     def shape(self, array: Any) -> tuple[int, ...]:
         return tuple(self.bridge.describe(array, "array")[0])
@@ -139,7 +139,7 @@ class NumPyLike(Framework):
 class NumPy(NumPyLike):
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.ndarray)
-        self.bridge = _core.Bridge(module.ndarray, _VERSIONED, self.reinterpret)
+        self.bridge = _core.Bridge(module.ndarray, _VERSIONED, self.reinterpret, self.result)
 
 
 class CuPy(NumPyLike):
@@ -147,7 +147,10 @@ class CuPy(NumPyLike):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.ndarray)
-        self.bridge = _core.Bridge(module.ndarray, {"stream": -1, **_VERSIONED}, self.reinterpret, self.current_stream)
+        keywords = {"stream": -1, **_VERSIONED}
+        self.bridge = _core.Bridge(
+            module.ndarray, keywords, self.reinterpret, self.result, current_stream=self.current_stream
+        )
 
     def current_stream(self, index: int) -> int:
         return int(self.module.cuda.get_current_stream().ptr)
@@ -166,11 +169,18 @@ class Torch(Framework):
     def __init__(self, module: Any) -> None:
         self.module = module
         self.warned = False
-        self.empty_like = module.empty_like
         self.float8 = getattr(module, "float8_e4m3fn", None)
         self.dtypes = {name: getattr(module, name) for name in ("float32", "float64", "bfloat16")}
         self.dtypes["float8_e4m3"] = self.float8
-        self.bridge = _core.Bridge(module.Tensor, {"stream": -1}, self.reinterpret, self.current_stream, exchange=True)
+        self.bridge = _core.Bridge(
+            module.Tensor,
+            {"stream": -1},
+            self.reinterpret,
+            self.result,
+            current_stream=self.current_stream,
+            empty_like=module.empty_like,
+            exchange=True,
+        )
 
     def current_stream(self, index: int) -> int:
         return int(self.module.cuda.current_stream(index).cuda_stream)
@@ -218,21 +228,13 @@ class Torch(Framework):
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
         return like.new_empty(shape, dtype=dtype)
 
-    def result(self, q: Any, v: Any, stream: Optional[int]) -> Any:
-        try:
-            if q.shape[-1] == v.shape[-1] and q.dtype is not self.float8 and q.is_contiguous():
-                return self.empty_like(q)  # the quickest allocation that torch has
-        except IndexError:
-            pass  # rank 0: the call itself says so
-        return Framework.result(self, q, v, stream)
-
 
 class Jax(Framework):
     """Eager JAX arrays. They are immutable, so results are written to memory of our own and then given to JAX."""
 
     def __init__(self, module: Any, array_type: type) -> None:
         self.module = module
-        self.bridge = _core.Bridge(array_type, _NO_KEYWORDS, explain_refusal, immutable=True)
+        self.bridge = _core.Bridge(array_type, _NO_KEYWORDS, explain_refusal, self.result, immutable=True)
 
     def shape(self, array: Any) -> tuple[int, ...]:
         return tuple(array.shape)

@@ -113,7 +113,7 @@ FLASHCORE_INLINE VecF exp2(VecF x) {
   return reinterpret_cast<VecF>(
       _mm512_maskz_scalef_ps(kept, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x - fraction)));
 #else
-  const VecI scaled = reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23);
+  const VecU scaled = reinterpret_cast<VecU>(p) + (reinterpret_cast<VecU>(shifted) << 23);  // may wrap around
   const VecF result = x < kSmallest ? VecF{} : reinterpret_cast<VecF>(scaled);
   return x == x ? result : x;
 #endif
