@@ -102,11 +102,11 @@ FLASHCORE_INLINE VecF exp2(VecF x) {
   const VecF fraction = x - (shifted - kRounder);
 #endif
   // Minimax polynomial for 2^f on [−1/2, 1/2].
-  VecF p = broadcast(1.3398874e-3f);
-  p = p * fraction + 9.6184370e-3f;
-  p = p * fraction + 5.5503324e-2f;
-  p = p * fraction + 2.4022648e-1f;
-  p = p * fraction + 6.9314718e-1f;
+  VecF p = broadcast(1.32647273e-3f);
+  p = p * fraction + 9.67151299e-3f;
+  p = p * fraction + 5.55073358e-2f;
+  p = p * fraction + 2.40222424e-1f;
+  p = p * fraction + 6.93147004e-1f;
   p = p * fraction + 1.0f;
 #if defined(__AVX512DQ__)
   const __mmask16 kept = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
