@@ -4,8 +4,8 @@
     python bench/compare.py "fwd bf16 b2 q8192 k8192 h16 d128 causal" …
     python bench/compare.py --save bench/results/NAME.json
 
-Each peer's call is captured into a CUDA graph (so that host time does not count; the eager host time stands beside it) and
-replayed in turn with the others for --rounds rounds. Inputs are random normal, never zeros. The error is that of a
+Each peer's call is captured into a CUDA graph (so that host time does not count; the eager host time stands beside it)
+and replayed in turn with the others for --rounds rounds. Inputs are random normal, never zeros. The error is that of a
 sample of rows against float64. Peers are what can be imported: torch's SDPA backends, flash_attn, FlashAttention-3
 (flash_attn_interface), and what --peers FILE adds (a dict PEERS of name to function(q, k, v, causal) on
 (batch, seqlen, heads, head_dim) tensors).

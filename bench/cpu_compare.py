@@ -4,7 +4,7 @@
 Both run in random order inside each round; a cell's ratio is the median over rounds of (torch time / flashcore time) of
 the same round. Machines change their speed within seconds, so ratios are comparable where times are not.
 
-Usage: cpu_compare.py [--threads 1 2] [--dtypes float32 bfloat16 float16] [--cases 512 2048 …] [--rounds 9] [--json FILE]
+Usage: cpu_compare.py [--threads 1 2] [--dtypes float32 …] [--cases 512 2048 …] [--rounds 9] [--json FILE]
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def layer_of(path: str) -> str:
 def outside_rule(include: Include, layer: str) -> str | None:
     """What is wrong with including a header that is not the project's own."""
     if matches(include.text, CUDA_HEADERS):
-        knows_cuda = layer in ("cuda", "cpp_tests", "bench") or (layer.startswith("kernels/") and layer != "kernels/cpu")
+        in_cuda_kernels = layer.startswith("kernels/") and layer != "kernels/cpu"
+        knows_cuda = in_cuda_kernels or layer in ("cuda", "cpp_tests", "bench")
         return None if knows_cuda else "CUDA headers belong to src/cuda and the CUDA kernel folders"
     if matches(include.text, FRAMEWORK_HEADERS) and layer != "python":
         return "framework and Python headers belong to python/ alone"

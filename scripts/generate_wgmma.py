@@ -38,6 +38,7 @@ def wrapper(n, name, ptx_type, a_in_registers):
     a_ops = [f"%{first + i}" for i in range(4)] if a_in_registers else [f"%{first}"]
     a_text = "{" + ", ".join(a_ops) + "}" if a_in_registers else a_ops[0]
     b = first + len(a_ops)
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type}"
     flags = f"p, 1, 1, %{b + 2}" if a_in_registers else f"p, 1, 1, 0, %{b + 2}"
     a_binds = ', '.join(f'"r"(a{i})' for i in range(4)) if a_in_registers else '"l"(a)'
     lines = [
@@ -45,7 +46,7 @@ def wrapper(n, name, ptx_type, a_in_registers):
         f"  static __device__ __forceinline__ void {'registers' if a_in_registers else 'shared'}(",
         f"      float (&d)[{count}], {a_args}, std::uint64_t b, int accumulate) {{",
         "    asm volatile(",
-        f'        "{{.reg .pred p; setp.ne.b32 p, %{b + 1}, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type} {{"',
+        f'        "{{.reg .pred p; setp.ne.b32 p, %{b + 1}, 0; {instruction} {{"',
     ]
     rows = chunks([f"%{i}" for i in range(count)], 16)
     lines += [f'        "{", ".join(row)}{"," if row is not rows[-1] else ""} "' for row in rows]

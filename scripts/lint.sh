@@ -43,7 +43,7 @@ check() {
   "$@" || failed+=("$name")
 }
 
-# Each C++ and CUDA source through clang-format.
+python() { sources '*.py' '*.pyi' | xargs -0 -r "$tools/bin/ruff" "$@"; }
 cpp() { sources '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -0 -r "$tools/bin/clang-format" "$@"; }
 
 formatted() {
@@ -55,11 +55,11 @@ formatted() {
 
 if $fix; then
   cpp -i
-  "$tools/bin/ruff" check --quiet --fix . || true
-  "$tools/bin/ruff" format --quiet .
+  python check --quiet --fix-only
+  python format --quiet
 fi
-check "ruff check" "$tools/bin/ruff" check .
-check "ruff format" "$tools/bin/ruff" format --check .
+check "ruff check" python check --quiet --output-format concise
+check "ruff format" python format --check
 check "clang-format" formatted
 check "include rules" "$tools/bin/python" scripts/check_includes.py
 

@@ -12,8 +12,8 @@ namespace flashcore::detail {
 /// Rows of one device type, best first.
 const std::vector<const Kernel*>& kernels_of(DeviceType type);
 
-/// True where `wanted` is the row's name or some whole words of it in a row: "cuda", "sm90" and "sm90.fwd_d64" all match
-/// "cuda.sm90.fwd_d64". Empty matches every row.
+/// True where `wanted` is the row's name or some whole words of it in a row: "cuda", "sm90" and "sm90.fwd_d64" all
+/// match "cuda.sm90.fwd_d64". Empty matches every row.
 bool matches(std::string_view name, std::string_view wanted);
 
 /// The part of the question that bits answer: phase, dtype and features. `features` is features_of(problem).

@@ -161,7 +161,7 @@ def allowed_error(exact, framework, dtype: str, terms: int = 1, magnitude: float
     largest = max(np.abs(exact).max(initial=0), 2.0**-14)
     step_by_step = np.abs(framework - exact).max(initial=0)
     sums = UNIT["float64" if dtype == "float64" else "float32"]
-    return 2 * step_by_step + (UNIT[dtype] + 4 * sums * max(terms, 1) ** 0.5) * max(magnitude, largest)
+    return 2 * step_by_step + (UNIT[dtype] + 2 * sums * max(terms, 1) ** 0.5) * max(magnitude, largest)
 
 
 def assert_near(actual, exact, framework, dtype: str, terms: int = 1, what: str = "result", magnitude: float = 0.0):

@@ -65,6 +65,13 @@ def framework(request):
     return make_framework(*request.param)
 
 
+@pytest.fixture(params=["best", "reference"])
+def best_and_reference(request, monkeypatch):
+    """Runs a test twice: with the kernels that are chosen, and with the reference kernels."""
+    if request.param == "reference":
+        monkeypatch.setenv("FLASHCORE_KERNEL", "reference")
+
+
 @pytest.fixture
 def rng(request) -> np.random.Generator:
     """Random numbers that depend on the test's name alone."""

@@ -102,6 +102,7 @@ def test_any_page_size(page, xp, rng):
     check_each_kernel(xp, cache, q)
 
 
+@pytest.mark.usefixtures("best_and_reference")
 @pytest.mark.parametrize("page", [None, 7])
 def test_pages_and_places_that_are_not_used_never_matter(page, xp, rng):
     """NaN wherever no key is: behind the lengths, in the last page of a sequence, in pages of nobody."""
@@ -115,6 +116,7 @@ def test_pages_and_places_that_are_not_used_never_matter(page, xp, rng):
     check((out, lse, cache.k, cache.v), clean, q)
 
 
+@pytest.mark.usefixtures("best_and_reference")
 def test_page_ids_beyond_the_length_are_not_looked_at(xp, rng):
     """A block table is padded with whatever: only the pages that hold keys count."""
     cache = Cache(rng, page=8)
@@ -126,6 +128,7 @@ def test_page_ids_beyond_the_length_are_not_looked_at(xp, rng):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("best_and_reference")
 def test_two_sequences_may_share_pages(xp, rng):
     cache = Cache(rng, page=16)
     cache.lengths = np.array([32, 32, 20, 17], np.int32)
@@ -205,6 +208,7 @@ def test_rotary(page, rotary_dim, interleaved, dtype, xp, rng):
     check_each_kernel(xp, cache, q, new, rotary_tables(rotary_dim), interleaved)
 
 
+@pytest.mark.usefixtures("best_and_reference")
 def test_token_by_token_is_causal_attention(xp, rng):
     """Decoding a text one token at a time gives the rows of one causal forward call."""
     q, k, v = (rounded(x, "float32") for x in rng.standard_normal((3, 1, 2, 9, 16)))

@@ -7,6 +7,8 @@ import reference
 from cases import rounded
 from frameworks import KINDS
 
+pytestmark = pytest.mark.usefixtures("best_and_reference")
+
 
 def weights(xp, rng, seqlen=(21, 30), batch=2, heads=3, **words):
     """The dropped softmax weights themselves: with v the identity, out is the weight matrix."""

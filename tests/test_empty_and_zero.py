@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from cases import ALL_FLOATS
 
+pytestmark = pytest.mark.usefixtures("best_and_reference")
+
 
 def qkv(xp, batch=2, heads=2, seqlen=(5, 7), dim=8, dtype="float32"):
     rng = np.random.default_rng(0)

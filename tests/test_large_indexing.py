@@ -7,6 +7,8 @@ import reference
 from cases import rounded
 from reference import Decode, Options
 
+pytestmark = pytest.mark.usefixtures("best_and_reference")
+
 FAR = 2**31 + 64  # elements: beyond what 32 bits can count, signed
 
 

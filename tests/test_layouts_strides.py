@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from frameworks import KINDS
 
+pytestmark = pytest.mark.usefixtures("best_and_reference")
+
 
 def arrays(xp, rng, shape=(2, 3, 11, 16), dtype="float32"):
     return [xp.array(rng.standard_normal(shape), dtype) for _ in range(3)]

@@ -7,6 +7,8 @@ import reference
 from cases import assert_near, rounded
 from reference import Options
 
+pytestmark = pytest.mark.usefixtures("best_and_reference")
+
 POISON = {"nan": np.nan, "inf": np.inf, "minus_inf": -np.inf}
 
 

@@ -2,10 +2,13 @@
 
 import flashcore as fc
 import numpy as np
+import pytest
 import reference
 from cases import Case, assert_near, lse_dtype, make, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytestmark = pytest.mark.usefixtures("best_and_reference")
 
 SIZE = st.integers(1, 24)
 

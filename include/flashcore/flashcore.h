@@ -7,3 +7,4 @@
 #include "flashcore/memory.h"
 #include "flashcore/primitives.h"
 #include "flashcore/tensor.h"
+#include "flashcore/threads.h"

@@ -18,8 +18,8 @@ enum class ReduceOp : std::uint8_t { sum, max, min, mean };
 /// out = op over `axis` of x, or over all of x where `axis` is kAllAxes.
 ///
 /// x: any rank, any strides, dtype float16, bfloat16, float32 or float64. out: the same dtype; x's shape without
-/// `axis`, or rank 0 for kAllAxes. Sums and means accumulate in float32 (float64 for float64) and round once. NaN in x gives
-/// NaN. An empty reduction gives 0 for sum and NaN for mean; for max and min it is an InvalidArgument.
+/// `axis`, or rank 0 for kAllAxes. Sums and means accumulate in float32 (float64 for float64) and round once. NaN in x
+/// gives NaN. An empty reduction gives 0 for sum and NaN for mean; for max and min it is an InvalidArgument.
 /// `axis` may be negative (counted from the end).
 inline constexpr int kAllAxes = 0x7fffffff;
 FLASHCORE_API void reduce(const TensorView& x, const TensorView& out, ReduceOp op, int axis = kAllAxes,

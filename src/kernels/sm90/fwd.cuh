@@ -1,7 +1,7 @@
 // Hopper forward: warp-specialised FlashAttention with TMA and wgmma.
 //
-// A block has one producer warpgroup (one thread of it loads Q, K and V by TMA) and two or three consumer warpgroups of 64
-// query rows each. Blocks are persistent; the producer draws the next tile (tile/scheduler.cuh) and hands it on. Per
+// A block has one producer warpgroup (one thread of it loads Q, K and V by TMA) and two or three consumer warpgroups of
+// 64 query rows each. Blocks are persistent; the producer draws the next tile (tile/scheduler.cuh) and hands it on. Per
 // tile, keys are taken from the last block to the first, so that masked blocks come first:
 //
 //   S = Q·K[n]ᵀ                        wgmma, both operands in shared memory, S in registers

@@ -18,8 +18,8 @@ struct KeyWindow {
   }
 };
 
-/// Scores of keys outside the window become −inf. `first_key` is the block's, `row` the thread's first row (the second is
-/// row + 8), `quad_lane` its lane in the quad.
+/// Scores of keys outside the window become −inf. `first_key` is the block's, `row` the thread's first row (the second
+/// is row + 8), `quad_lane` its lane in the quad.
 template <int N>
 __device__ __forceinline__ void mask_by_position(float (&s)[N], const KeyWindow& window, int first_key, int row,
                                                  int quad_lane) {

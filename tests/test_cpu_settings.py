@@ -1,0 +1,79 @@
+"""FLASHCORE_CPU_ISA and FLASHCORE_NUM_THREADS: every instruction set is right, and threads change no bit."""
+
+import os
+import re
+import subprocess
+import sys
+
+import flashcore as fc
+import numpy as np
+import pytest
+import test_attention
+import test_backward
+from cases import BY_NAME, make, rounded
+from frameworks import Framework
+
+CASES = ["long", "everything", "gqa", "head_dim_odd", "dropout", "softcap"]
+
+
+def instruction_sets() -> list[str]:
+    """Those of this processor, as the refusal of an unknown one lists them."""
+    x = np.zeros((1, 1, 2, 8), np.float32)
+    os.environ["FLASHCORE_CPU_ISA"] = "abacus"
+    try:
+        fc.attention(x, x, x)
+    except ValueError as refusal:
+        return re.search(r"processor has (.*)", str(refusal))[1].split(", ")
+    finally:
+        del os.environ["FLASHCORE_CPU_ISA"]
+    return []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_every_instruction_set_is_right(isa, name, dtype, rng, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_CPU_ISA", isa)
+    xp, problem = Framework(), make(BY_NAME[name], dtype, rng)
+    out, lse = fc.attention(*problem.arrays(xp), return_lse=True, **problem.keywords(xp))
+    test_attention.check(problem, out, lse, xp, "bhsd", isa)
+    dout = rounded(rng.standard_normal((*problem.q.shape[:3], problem.v.shape[3])), dtype)
+    test_backward.check(problem, test_backward.run(problem, xp, dout), dout, kernel=isa)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("FLASHCORE_CPU_ISA", "abacus")
+    x = np.zeros((1, 1, 2, 8), np.float32)
+    with pytest.raises(ValueError, match=r"FLASHCORE_CPU_ISA.*abacus"):
+        fc.attention(x, x, x)
+
+
+PROGRAM = """
+import hashlib, numpy as np, flashcore as fc
+rng = np.random.default_rng(0)
+q, k, v, dout = (rng.standard_normal((2, 4, 131, 48)).astype(np.float32) for _ in range(4))
+out, lse = fc.attention(q, k, v, causal=True, return_lse=True)
+grads = fc.attention_backward(dout, q, k, v, out, lse, causal=True, deterministic=True)
+lengths = np.array([77, 131], np.int32)
+decoded = fc.attention_decode(q[:, :, :1], k, v, lengths)
+print(hashlib.sha256(b"".join(x.tobytes() for x in (out, lse, *grads, decoded))).hexdigest())
+"""
+
+
+def run(threads: str):
+    environment = {**os.environ, "FLASHCORE_NUM_THREADS": threads}
+    return subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+
+
+def test_results_do_not_depend_on_threads():
+    outputs = {threads: run(threads) for threads in ("1", "2", "5")}
+    assert all(done.returncode == 0 for done in outputs.values()), outputs
+    assert len({done.stdout for done in outputs.values()}) == 1
+
+
+@pytest.mark.parametrize("threads", ["0", "-2", "many"])
+def test_a_number_of_threads_that_is_none_is_refused(threads):
+    done = run(threads)
+    assert done.returncode == 1
+    assert "ValueError" in done.stderr
+    assert "FLASHCORE_NUM_THREADS" in done.stderr
