@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -22,12 +23,11 @@ import sys
 import time
 from pathlib import Path
 
+import flashcore as fc
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-import flashcore as fc
 
 TOKENS = 16384
 HIDDEN = 2048
@@ -198,7 +198,7 @@ def machine():
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "flashcore": fc.__version__,
-        "git_sha": output("git", "rev-parse", "HEAD"),
+        "git_sha": os.environ.get("FLASHCORE_GIT_SHA") or output("git", "rev-parse", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
     }
 

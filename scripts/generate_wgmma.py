@@ -34,13 +34,13 @@ def chunks(items, size):
 def wrapper(n, name, ptx_type, a_in_registers):
     count = n // 2
     first = count  # operand number after the accumulators
-    a_args = "std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3" if a_in_registers else "std::uint64_t a"
+    a_args = ", ".join(f"std::uint32_t a{i}" for i in range(4)) if a_in_registers else "std::uint64_t a"
     a_ops = [f"%{first + i}" for i in range(4)] if a_in_registers else [f"%{first}"]
     a_text = "{" + ", ".join(a_ops) + "}" if a_in_registers else a_ops[0]
     b = first + len(a_ops)
     instruction = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type}"
     flags = f"p, 1, 1, %{b + 2}" if a_in_registers else f"p, 1, 1, 0, %{b + 2}"
-    a_binds = ', '.join(f'"r"(a{i})' for i in range(4)) if a_in_registers else '"l"(a)'
+    a_binds = ", ".join(f'"r"(a{i})' for i in range(4)) if a_in_registers else '"l"(a)'
     lines = [
         "  template <int kTransposeB>",
         f"  static __device__ __forceinline__ void {'registers' if a_in_registers else 'shared'}(",
@@ -51,8 +51,8 @@ def wrapper(n, name, ptx_type, a_in_registers):
     rows = chunks([f"%{i}" for i in range(count)], 16)
     lines += [f'        "{", ".join(row)}{"," if row is not rows[-1] else ""} "' for row in rows]
     lines.append(f'        "}}, {a_text}, %{b}, {flags};}}"')
-    rows = chunks([f'"+f"(d[{i}])' for i in range(count)], 6)
-    lines += [("        : " if row is rows[0] else "          ") + ", ".join(row) + ("," if row is not rows[-1] else "") for row in rows]
+    rows = [", ".join(row) for row in chunks([f'"+f"(d[{i}])' for i in range(count)], 6)]
+    lines.append("        : " + ",\n          ".join(rows))
     lines.append(f'        : {a_binds}, "l"(b), "r"(accumulate), "n"(kTransposeB));')
     lines.append("  }")
     return lines

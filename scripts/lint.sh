@@ -62,6 +62,8 @@ check "ruff check" python check --quiet --output-format concise
 check "ruff format" python format --check
 check "clang-format" formatted
 check "include rules" "$tools/bin/python" scripts/check_includes.py
+check "generated wgmma wrappers" "$tools/bin/python" scripts/generate_wgmma.py --check
+check "README from results" "$tools/bin/python" scripts/update_readme.py --check
 
 if ((${#failed[@]})); then
   printf 'lint: failed: %s\n' "${failed[*]}"

@@ -42,8 +42,8 @@ std::string explain_call(const AttentionOptions& options, const Tensors&... tens
 
 }  // namespace
 
-void attention_forward(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                       const AttentionOptions& options, Stream stream) {
+void attention_forward(const AttentionInputs& inputs, const AttentionOutputs& outputs, const AttentionOptions& options,
+                       Stream stream) {
   run(detail::validate(inputs, outputs, options, Check::everything, stream), options, stream);
 }
 
@@ -66,9 +66,8 @@ Support supports(const DecodeInputs& inputs, const AttentionOutputs& outputs, co
   return try_to_plan(options, inputs, outputs);
 }
 
-Support supports(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                 const AttentionCotangents& cotangents, const AttentionGrads& grads,
-                 const AttentionOptions& options) {
+Support supports(const AttentionInputs& inputs, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
+                 const AttentionGrads& grads, const AttentionOptions& options) {
   return try_to_plan(options, inputs, outputs, cotangents, grads);
 }
 

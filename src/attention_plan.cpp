@@ -27,8 +27,7 @@ struct AttentionPlan::State {
     const detail::Call call = detail::validate(tensors..., options, detail::Check::everything, stream);
     if (call.problem != plan.problem || call.device != plan.device)
       throw InvalidArgument("this plan is for \"" + to_line(plan.problem) + "\" on " + name_of(plan.device) +
-                            ", but the tensors given are \"" + to_line(call.problem) + "\" on " +
-                            name_of(call.device));
+                            ", but the tensors given are \"" + to_line(call.problem) + "\" on " + name_of(call.device));
     if (!workspace && plan.workspace.bytes() > 0)
       throw InvalidArgument("this plan needs a workspace of " + std::to_string(plan.workspace.bytes()) +
                             " bytes, null was given");

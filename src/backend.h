@@ -13,20 +13,20 @@ namespace flashcore::detail {
 struct Backend {
   DeviceType type;
 
-  int (*device_count)();                       // 0 and a reason where nothing is usable; never throws
+  int (*device_count)();  // 0 and a reason where nothing is usable; never throws
   std::string (*no_device_reason)();
-  DeviceInfo (*device_info)(int index);        // index is in range
+  DeviceInfo (*device_info)(int index);  // index is in range
   MemoryResource& (*system_resource)(int index);
-  bool (*is_capturing)(Stream stream);         // true while the stream records a graph
+  bool (*is_capturing)(Stream stream);  // true while the stream records a graph
   void (*copy_to_host)(void* host, const void* device, std::size_t bytes, int index, Stream stream);  // synchronises
   void (*synchronize)(int index, Stream stream);
-  bool (*wait_for_all)(int index);             // for every stream; false if CUDA refused (graph capture)
+  bool (*wait_for_all)(int index);  // for every stream; false if CUDA refused (graph capture)
 
   void (*merge_states)(const MergeParams&, int index, Stream stream);
   void (*vector_add)(const ArrayParams& a, const ArrayParams& b, const ArrayParams& out, int index, Stream stream);
   void (*reduce)(const ReduceParams&, int index, Stream stream);
 
-  const KernelTable* tables;                   // best first; the reference row is the last row of the last table
+  const KernelTable* tables;  // best first; the reference row is the last row of the last table
   int table_count;
 };
 

@@ -69,10 +69,10 @@ void check_cache(const Params& p, Device device, Stream stream) {
     const std::int64_t keys = lengths[b] + p.sequence.seqlen_new;
     if (lengths[b] < 0) throw InvalidArgument(element("cache_seqlens", at, lengths[b]) + "; it must be at least 0");
     if (keys > p.size.seqlen_k)
-      throw InvalidArgument(element("cache_seqlens", at, lengths[b]) +
-                            (p.sequence.seqlen_new ? " and " + std::to_string(p.sequence.seqlen_new) + " keys are new"
-                                                   : std::string()) +
-                            ", but the cache holds " + std::to_string(p.size.seqlen_k) + " keys a sequence");
+      throw InvalidArgument(
+          element("cache_seqlens", at, lengths[b]) +
+          (p.sequence.seqlen_new ? " and " + std::to_string(p.sequence.seqlen_new) + " keys are new" : std::string()) +
+          ", but the cache holds " + std::to_string(p.size.seqlen_k) + " keys a sequence");
     if (p.rotary.dim > 0 && keys > p.rotary.positions)
       throw InvalidArgument("rotary_cos and rotary_sin hold " + std::to_string(p.rotary.positions) +
                             " positions, but sequence " + std::to_string(at) + " has " + std::to_string(keys));
@@ -85,8 +85,8 @@ void check_used(const Params& p, const Values& offsets, Device device, Stream st
   for (std::size_t b = 0; b < used.size(); ++b) {
     const std::int64_t longest = offsets.empty() ? p.size.seqlen_k : offsets[b + 1] - offsets[b];
     if (used[b] < 0 || used[b] > longest)
-      throw InvalidArgument(element("seqused_k", static_cast<std::int64_t>(b), used[b]) +
-                            "; the sequence has 0 to " + std::to_string(longest) + " keys");
+      throw InvalidArgument(element("seqused_k", static_cast<std::int64_t>(b), used[b]) + "; the sequence has 0 to " +
+                            std::to_string(longest) + " keys");
   }
 }
 

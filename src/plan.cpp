@@ -96,14 +96,13 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, std::string_vie
 }
 
 std::string explain_plan(const Problem& problem, const DeviceInfo& device, std::string_view asked) {
-  std::string text = "problem:   " + to_line(problem) + "\ndevice:    " + name_of(device.device) + " (" +
-                     device.name + ")\n";
+  std::string text =
+      "problem:   " + to_line(problem) + "\ndevice:    " + name_of(device.device) + " (" + device.name + ")\n";
   try {
     const Plan plan = make_plan(problem, device, asked);
-    text += std::string("kernel:    ") + plan.kernel->name + "\nworkspace: " +
-            std::to_string(plan.workspace.bytes()) + " bytes";
-    const std::string others =
-        refusals(problem, device, wanted_kernel(asked, device.device.type), plan.kernel);
+    text += std::string("kernel:    ") + plan.kernel->name + "\nworkspace: " + std::to_string(plan.workspace.bytes()) +
+            " bytes";
+    const std::string others = refusals(problem, device, wanted_kernel(asked, device.device.type), plan.kernel);
     if (!others.empty()) text += "\nothers:" + others;
   } catch (const Unsupported& reason) {
     text += std::string("kernel:    none\n") + reason.what();

@@ -18,25 +18,45 @@ struct FeatureName {
 };
 
 constexpr FeatureName kFeatureNames[] = {
-    {kCausal, "causal"},         {kCausalTopLeft, "top-left causal"},
-    {kWindow, "window"},         {kMask, "mask"},
-    {kBias, "bias"},             {kSoftcap, "softcap"},
-    {kAlibi, "alibi"},           {kSinks, "sinks"},
-    {kDropout, "dropout"},       {kVarlen, "varlen"},
-    {kSequsedK, "seqused"},      {kPaged, "paged cache"},
-    {kAppend, "cache append"},   {kRotary, "rotary"},
-    {kDescale, "descale"},       {kGroupedHeads, "grouped heads"},
-    {kHeadDimV, "head_dim_v"},   {kLse, "lse"},
-    {kDlse, "dlse"},             {kDbias, "dbias"},
-    {kDsinks, "dsinks"},         {kDeterministic, "deterministic"},
+    {kCausal, "causal"},
+    {kCausalTopLeft, "top-left causal"},
+    {kWindow, "window"},
+    {kMask, "mask"},
+    {kBias, "bias"},
+    {kSoftcap, "softcap"},
+    {kAlibi, "alibi"},
+    {kSinks, "sinks"},
+    {kDropout, "dropout"},
+    {kVarlen, "varlen"},
+    {kSequsedK, "seqused"},
+    {kPaged, "paged cache"},
+    {kAppend, "cache append"},
+    {kRotary, "rotary"},
+    {kDescale, "descale"},
+    {kGroupedHeads, "grouped heads"},
+    {kHeadDimV, "head_dim_v"},
+    {kLse, "lse"},
+    {kDlse, "dlse"},
+    {kDbias, "dbias"},
+    {kDsinks, "dsinks"},
+    {kDeterministic, "deterministic"},
     {kUnaligned, "unaligned rows"},
 };
 
 /// Flags that stand in the line as a word of their own, in the order they are printed.
 constexpr FeatureName kFlagWords[] = {
-    {kMask, "mask"}, {kBias, "bias"},   {kAlibi, "alibi"},   {kSinks, "sinks"},          {kDescale, "descale"},
-    {kLse, "lse"},   {kDlse, "dlse"},   {kDbias, "dbias"},   {kDsinks, "dsinks"},        {kSequsedK, "seqused"},
-    {kDeterministic, "deterministic"}, {kUnaligned, "unaligned"},
+    {kMask, "mask"},
+    {kBias, "bias"},
+    {kAlibi, "alibi"},
+    {kSinks, "sinks"},
+    {kDescale, "descale"},
+    {kLse, "lse"},
+    {kDlse, "dlse"},
+    {kDbias, "dbias"},
+    {kDsinks, "dsinks"},
+    {kSequsedK, "seqused"},
+    {kDeterministic, "deterministic"},
+    {kUnaligned, "unaligned"},
 };
 
 struct DTypeWord {
@@ -44,8 +64,8 @@ struct DTypeWord {
   const char* word;
 };
 constexpr DTypeWord kDTypeWords[] = {
-    {DType::float16, "fp16"},    {DType::bfloat16, "bf16"},    {DType::float32, "fp32"},
-    {DType::float64, "fp64"},    {DType::float8_e4m3, "e4m3"},
+    {DType::float16, "fp16"}, {DType::bfloat16, "bf16"},    {DType::float32, "fp32"},
+    {DType::float64, "fp64"}, {DType::float8_e4m3, "e4m3"},
 };
 
 const char* word_of(DType dtype) {
@@ -76,14 +96,10 @@ std::string shortest(double x) {
 
 std::string bound(std::int64_t x) { return x < 0 ? "*" : std::to_string(x); }
 
-bool is_fixed_length(const Problem& p) {
-  return p.phase != Phase::decode && (p.flags & (kVarlen | kSequsedK)) == 0;
-}
+bool is_fixed_length(const Problem& p) { return p.phase != Phase::decode && (p.flags & (kVarlen | kSequsedK)) == 0; }
 
 /// Whether the plain word "causal" says enough: top-left and bottom-right are one.
-bool causal_needs_no_corner(const Problem& p) {
-  return p.phase == Phase::decode || p.size.seqlen_q == p.size.seqlen_k;
-}
+bool causal_needs_no_corner(const Problem& p) { return p.phase == Phase::decode || p.size.seqlen_q == p.size.seqlen_k; }
 
 }  // namespace
 

@@ -33,8 +33,8 @@ enum Feature : std::uint32_t {
   kRotary = 1u << 12,
   kDescale = 1u << 13,
   kGroupedHeads = 1u << 14,
-  kHeadDimV = 1u << 15,   // head_dim_v != head_dim
-  kLse = 1u << 16,        // forward writes lse
+  kHeadDimV = 1u << 15,  // head_dim_v != head_dim
+  kLse = 1u << 16,       // forward writes lse
   kDlse = 1u << 17,
   kDbias = 1u << 18,
   kDsinks = 1u << 19,
@@ -67,17 +67,17 @@ struct Problem {
   DType dtype_out = DType::float16;
   Sizes size = {};
   CausalRule causal = CausalRule::none;
-  std::int64_t window_left = -1;   // -1: unbounded
+  std::int64_t window_left = -1;  // -1: unbounded
   std::int64_t window_right = -1;
   double scale = 1;
   double softcap = 0;
   double dropout_p = 0;
   std::uint64_t seed = 0;
-  std::int64_t page_size = 0;      // 0: not paged
-  std::int64_t seqlen_new = 0;     // keys appended to the cache
+  std::int64_t page_size = 0;   // 0: not paged
+  std::int64_t seqlen_new = 0;  // keys appended to the cache
   std::int64_t rotary_dim = 0;
   bool rotary_interleaved = false;
-  FeatureSet flags = 0;            // the features that no other member tells: mask, bias, alibi, sinks, varlen, …
+  FeatureSet flags = 0;  // the features that no other member tells: mask, bias, alibi, sinks, varlen, …
 
   std::int64_t group() const { return size.heads_k > 0 ? size.heads_q / size.heads_k : 1; }
 };

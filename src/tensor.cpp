@@ -102,8 +102,7 @@ DType dtype_from_dlpack(int code, int bits, int lanes) {
   for (const DLPackType& type : kDLPackTypes)
     if (lanes == 1 && type.code == code && type.bits == bits) return type.dtype;
   std::string known;
-  for (const DLPackType& type : kDLPackTypes)
-    known += (known.empty() ? "" : ", ") + std::string(name_of(type.dtype));
+  for (const DLPackType& type : kDLPackTypes) known += (known.empty() ? "" : ", ") + std::string(name_of(type.dtype));
   throw InvalidType("array of " + dlpack_name(code, bits) +
                     (lanes == 1 ? "" : " in vectors of " + std::to_string(lanes) + " lanes") +
                     " given; flashcore knows " + known);

@@ -25,9 +25,7 @@ const char* dimensions_of(Layout layout) {
   return "";
 }
 
-const char* name_of(Layout layout) {
-  return layout == Layout::bhsd ? "bhsd" : layout == Layout::bshd ? "bshd" : "thd";
-}
+const char* name_of(Layout layout) { return layout == Layout::bhsd ? "bhsd" : layout == Layout::bshd ? "bshd" : "thd"; }
 
 bool rows_aligned(const TensorView& t) {
   constexpr std::uintptr_t kVector = 16;

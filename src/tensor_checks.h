@@ -34,8 +34,7 @@ class TensorReader {
   /// lse and its like: (batch, heads, seq), thd (heads, seq); float32, or float64 for float64 problems.
   RowParams row_numbers(const TensorView& t, const char* name, const Rows& q, DType dtype);
   /// mask and bias: broadcastable to (batch, heads, query, key). shape4 receives the tensor's own sizes.
-  PlaneParams plane(const TensorView& t, const char* name, const std::int64_t (&full)[4],
-                    std::int64_t (&shape4)[4]);
+  PlaneParams plane(const TensorView& t, const char* name, const std::int64_t (&full)[4], std::int64_t (&shape4)[4]);
   /// A number per head, (heads) or (batch, heads); `per_batch`: whether the second form is allowed.
   HeadParams per_head(const TensorView& t, const char* name, std::int64_t batch, std::int64_t heads, bool per_batch);
   /// A dense int32 vector of `size` elements.

@@ -179,13 +179,20 @@ void CallBuilder::take_rotary(const Rotary& rotary, const TensorView& q) {
   read_.require_dtype(s, "rotary_sin (like rotary_cos)", {c.dtype});
   const bool same = c.rank == 2 && s.rank == 2 && c.shape == s.shape;
   if (!same || c.shape[1] < 1 || 2 * c.shape[1] > size().head_dim)
-    throw InvalidArgument("rotary_cos and rotary_sin must have one shape (positions, rotary_dim / 2) with rotary_dim at "
-                          "most head_dim " + std::to_string(size().head_dim) + ", got " + describe(c) + " and " +
-                          describe(s));
+    throw InvalidArgument(
+        "rotary_cos and rotary_sin must have one shape (positions, rotary_dim / 2) with rotary_dim at "
+        "most head_dim " +
+        std::to_string(size().head_dim) + ", got " + describe(c) + " and " + describe(s));
   if (c.numel() > 0 && c.shape[1] > 1 && (c.stride[1] != 1 || s.stride[1] != 1))
     throw InvalidArgument("rotary_cos and rotary_sin must have contiguous rows");
   RotaryParams& r = params().rotary;
-  r = {c.data, s.data, c.dtype, c.stride[0], s.stride[0], c.shape[0], static_cast<std::int32_t>(2 * c.shape[1]),
+  r = {c.data,
+       s.data,
+       c.dtype,
+       c.stride[0],
+       s.stride[0],
+       c.shape[0],
+       static_cast<std::int32_t>(2 * c.shape[1]),
        rotary.interleaved};
   problem().rotary_dim = r.dim;
   problem().rotary_interleaved = rotary.interleaved;
@@ -244,12 +251,11 @@ void CallBuilder::take_causal_rule() {
   if (decode || same_lengths_) return;
   const bool fixed = (p.flags & (kVarlen | kSequsedK)) == 0;
   if (fixed && p.size.seqlen_q == p.size.seqlen_k) return;
-  throw InvalidArgument(
-      (fixed ? "causal given with seqlen_q " + std::to_string(p.size.seqlen_q) + " and seqlen_k " +
-                   std::to_string(p.size.seqlen_k)
-             : std::string("causal given with lengths that may differ between queries and keys")) +
-      "; say which corner the diagonal starts from: \"top_left\" (key <= query) or \"bottom_right\" "
-      "(key <= query + seqlen_k - seqlen_q)");
+  throw InvalidArgument((fixed ? "causal given with seqlen_q " + std::to_string(p.size.seqlen_q) + " and seqlen_k " +
+                                     std::to_string(p.size.seqlen_k)
+                               : std::string("causal given with lengths that may differ between queries and keys")) +
+                        "; say which corner the diagonal starts from: \"top_left\" (key <= query) or \"bottom_right\" "
+                        "(key <= query + seqlen_k - seqlen_q)");
 }
 
 void CallBuilder::take_options() {

@@ -23,7 +23,7 @@ Call validate(const AttentionInputs& inputs, const AttentionOutputs& outputs, co
               Check check, Stream stream);
 Call validate(const AttentionInputs& inputs, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
               const AttentionGrads& grads, const AttentionOptions& options, Check check, Stream stream);
-Call validate(const DecodeInputs& inputs, const AttentionOutputs& outputs, const AttentionOptions& options,
-              Check check, Stream stream);
+Call validate(const DecodeInputs& inputs, const AttentionOutputs& outputs, const AttentionOptions& options, Check check,
+              Stream stream);
 
 }  // namespace flashcore::detail

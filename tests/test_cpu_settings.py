@@ -77,3 +77,15 @@ def test_a_number_of_threads_that_is_none_is_refused(threads):
     assert done.returncode == 1
     assert "ValueError" in done.stderr
     assert "FLASHCORE_NUM_THREADS" in done.stderr
+
+
+def test_the_number_of_threads_can_be_set():
+    before = fc.num_threads()
+    try:
+        fc.set_num_threads(3)
+        assert fc.num_threads() == 3
+        with pytest.raises(ValueError, match="0"):
+            fc.set_num_threads(0)
+        assert fc.num_threads() == 3
+    finally:
+        fc.set_num_threads(before)

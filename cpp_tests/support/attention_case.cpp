@@ -18,6 +18,7 @@ constexpr std::array<bool, 4> kFull = {true, true, true, true};
 constexpr std::array<bool, 4> kKeysOnly = {true, false, false, true};
 constexpr std::array<bool, 4> kHeadsOnly = {false, true, true, true};
 constexpr std::array<bool, 4> kPlaneOnly = {false, false, true, true};
+constexpr std::array<bool, 4> kQueriesOnly = {false, true, true, false};
 
 /// Lengths that reach both ends of what is allowed: the longest, none at all, then anything.
 std::vector<std::int64_t> draw_lengths(Random& random, std::int64_t batch, std::int64_t longest, std::int64_t total) {
@@ -60,7 +61,8 @@ const std::vector<Variant>& all_variants() {
   static const std::vector<Variant> variants = {
       {"bhsd dense", Layout::bhsd, 0, kFull, kFull, false, false},
       {"bshd with gaps", Layout::bshd, 8, kKeysOnly, kHeadsOnly, true, true},
-      {"bhsd with odd gaps", Layout::bhsd, 3, kPlaneOnly, kPlaneOnly, false, true},
+      {"bhsd with odd gaps", Layout::bhsd, 3, kPlaneOnly, kKeysOnly, false, true},
+      {"bshd dense", Layout::bshd, 0, kQueriesOnly, kQueriesOnly, true, false},
   };
   return variants;
 }
@@ -189,12 +191,14 @@ void AttentionCase::make_score_tensors() {
   if (has(detail::kMask)) {
     oracle.keep = random_plane(variant_.mask_axes, DType::boolean);
     // One query row without a key to see.
-    for (std::int64_t j = 0; variant_.mask_axes[2] && !oracle.keep.values().empty() && j < s.seqlen_k; ++j)
-      oracle.keep(0, 0, 0, j) = 0;
+    if (variant_.mask_axes[2] && !oracle.keep.values().empty())
+      std::fill_n(oracle.keep.values().begin(), oracle.keep.size(3), 0.0);
     mask = plane_tensor(DType::boolean, oracle.keep);
   }
   if (has(detail::kBias)) {
     oracle.bias = random_plane(variant_.bias_axes, side_dtype());
+    for (double& value : oracle.bias.values())
+      if (random_.uniform() < 0.08) value = -std::numeric_limits<double>::infinity();  // an additive mask
     bias = plane_tensor(side_dtype(), oracle.bias);
   }
   if (has(detail::kAlibi)) {

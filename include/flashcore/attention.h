@@ -9,7 +9,7 @@
 //   lse(i) = log( Σ_j exp s(i,j) + exp sink_h )                     (natural log; the sink only if given)
 //   out(i) = Σ_j exp(s(i,j) − lse(i)) · dropout(i,j) · v_j          (a sink has no value)
 //
-// A query that sees nothing has out = 0, lse = −inf and zero gradients. Inputs are stored in their dtype, sums are
+// A query that sees no key has out = 0, lse = −inf and zero gradients, also where there is a sink. Inputs are stored in their dtype, sums are
 // taken in float32 (float64 for float64). What is excluded is never multiplied: NaN or Inf there does no harm.
 // The algorithm is online softmax in blocks (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022).
 #pragma once
@@ -52,9 +52,7 @@ struct Mask {
   static constexpr Mask causal() { return {Causal::square, -1, -1}; }
   static constexpr Mask top_left() { return {Causal::top_left, -1, -1}; }
   static constexpr Mask bottom_right() { return {Causal::bottom_right, -1, -1}; }
-  constexpr Mask window(std::int64_t keys_left, std::int64_t keys_right) const {
-    return {kind, keys_left, keys_right};
-  }
+  constexpr Mask window(std::int64_t keys_left, std::int64_t keys_right) const { return {kind, keys_left, keys_right}; }
 };
 
 struct AttentionOptions {
@@ -120,22 +118,22 @@ struct AttentionGrads {
 
 /// Rotary position embedding (RoFormer, Su et al. 2021), applied to q and to k_new in decode.
 struct Rotary {
-  TensorView cos = {};      ///< float32 or q's dtype, (positions, rotary_dim / 2), rotary_dim ≤ head_dim
+  TensorView cos = {};  ///< float32 or q's dtype, (positions, rotary_dim / 2), rotary_dim ≤ head_dim
   TensorView sin = {};
-  bool interleaved = false; ///< pairs (0,1),(2,3)… (GPT-J) instead of halves (GPT-NeoX)
+  bool interleaved = false;  ///< pairs (0,1),(2,3)… (GPT-J) instead of halves (GPT-NeoX)
 };
 
 /// Attention of a few new queries against a key/value cache. Shapes in bhsd.
 struct DecodeInputs {
-  TensorView q = {};             ///< (batch, heads_q, seqlen_q, head_dim)
-  TensorView k_cache = {};       ///< (batch, heads_k, capacity, head_dim); paged: (pages, heads_k, page_size, head_dim)
-  TensorView v_cache = {};       ///< the same with head_dim_v. Both caches are written where k_new is given
-  TensorView cache_seqlens = {}; ///< int32 (batch): keys in the cache before this call
-  TensorView block_table = {};   ///< int32 (batch, max_pages): page p of sequence b is k_cache[block_table[b][p]]
-  TensorView k_new = {};         ///< (batch, heads_k, seqlen_new, head_dim): appended at cache_seqlens before attending
-  TensorView v_new = {};         ///< (batch, heads_k, seqlen_new, head_dim_v)
-  Rotary rotary = {};            ///< query i is at position length − seqlen_q + i, new key i at cache_seqlens + i
-  TensorView mask = {};          ///< as in AttentionInputs, over (batch, heads_q, seqlen_q, capacity)
+  TensorView q = {};        ///< (batch, heads_q, seqlen_q, head_dim)
+  TensorView k_cache = {};  ///< (batch, heads_k, capacity, head_dim); paged: (pages, heads_k, page_size, head_dim)
+  TensorView v_cache = {};  ///< the same with head_dim_v. Both caches are written where k_new is given
+  TensorView cache_seqlens = {};  ///< int32 (batch): keys in the cache before this call
+  TensorView block_table = {};    ///< int32 (batch, max_pages): page p of sequence b is k_cache[block_table[b][p]]
+  TensorView k_new = {};  ///< (batch, heads_k, seqlen_new, head_dim): appended at cache_seqlens before attending
+  TensorView v_new = {};  ///< (batch, heads_k, seqlen_new, head_dim_v)
+  Rotary rotary = {};     ///< query i is at position length − seqlen_q + i, new key i at cache_seqlens + i
+  TensorView mask = {};   ///< as in AttentionInputs, over (batch, heads_q, seqlen_q, capacity)
   TensorView bias = {};
   TensorView alibi_slopes = {};
   TensorView sinks = {};

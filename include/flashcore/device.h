@@ -12,18 +12,18 @@ namespace flashcore {
 /// What flashcore knows of a device. Read once and cached; the values do not change while the process runs.
 struct DeviceInfo {
   Device device;
-  std::string name;                         ///< as the driver (or /proc/cpuinfo) spells it
-  int compute_major = 0;                    ///< CUDA compute capability; 0 on the CPU
+  std::string name;       ///< as the driver (or /proc/cpuinfo) spells it
+  int compute_major = 0;  ///< CUDA compute capability; 0 on the CPU
   int compute_minor = 0;
-  int multiprocessors = 0;                  ///< SMs; on the CPU the number of hardware threads
-  std::size_t memory_bytes = 0;             ///< total memory of the device
+  int multiprocessors = 0;       ///< SMs; on the CPU the number of hardware threads
+  std::size_t memory_bytes = 0;  ///< total memory of the device
   std::size_t l2_bytes = 0;
-  std::size_t shared_bytes_per_block = 0;   ///< largest dynamic shared memory that a block can opt in to
+  std::size_t shared_bytes_per_block = 0;  ///< largest dynamic shared memory that a block can opt in to
   std::size_t shared_bytes_per_sm = 0;
-  int clock_khz = 0;                        ///< highest SM clock
+  int clock_khz = 0;  ///< highest SM clock
   int memory_clock_khz = 0;
   int memory_bus_bits = 0;
-  int driver_version = 0;                   ///< as CUDA counts it: 13000 is 13.0
+  int driver_version = 0;  ///< as CUDA counts it: 13000 is 13.0
   int runtime_version = 0;
 };
 

@@ -31,11 +31,11 @@ class FLASHCORE_API MemoryResource {
 FLASHCORE_API MemoryResource& system_resource(Device device);
 
 struct MemoryStats {
-  std::size_t bytes_in_use = 0;        ///< handed out and not yet given back
-  std::size_t bytes_reserved = 0;      ///< taken from upstream: in use plus kept for reuse
+  std::size_t bytes_in_use = 0;    ///< handed out and not yet given back
+  std::size_t bytes_reserved = 0;  ///< taken from upstream: in use plus kept for reuse
   std::size_t peak_bytes_in_use = 0;
   std::size_t peak_bytes_reserved = 0;
-  std::uint64_t allocations = 0;       ///< calls served
+  std::uint64_t allocations = 0;  ///< calls served
   std::uint64_t upstream_allocations = 0;
 };
 

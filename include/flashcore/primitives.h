@@ -10,8 +10,7 @@ namespace flashcore {
 /// a, b, out: one shape (any rank up to kMaxRank, any strides), one dtype of float16, bfloat16, float32, float64, one
 /// device. `out` may be `a` or `b` itself, but must not overlap them in any other way.
 /// Throws InvalidArgument or InvalidType; nothing is written then.
-FLASHCORE_API void vector_add(const TensorView& a, const TensorView& b, const TensorView& out,
-                              Stream stream = nullptr);
+FLASHCORE_API void vector_add(const TensorView& a, const TensorView& b, const TensorView& out, Stream stream = nullptr);
 
 enum class ReduceOp : std::uint8_t { sum, max, min, mean };
 

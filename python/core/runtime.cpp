@@ -140,6 +140,8 @@ void bind_device(nb::module_& m) {
       "device_info", [](bool cuda, int index) { return device_info(device_of(cuda, index)); }, nb::arg("cuda"),
       nb::arg("index"));
   m.def("built_with_cuda", &built_with_cuda);
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, nb::arg("threads"));
 }
 
 }  // namespace flashcore::python

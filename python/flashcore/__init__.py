@@ -2,7 +2,15 @@
 
 from ._core import Array, CudaError, DeviceInfo, MemoryStats, Unsupported, version
 from .attention import attention, attention_backward, attention_decode, attention_varlen, merge_states
-from .device import device_count, device_info, empty_cache, memory_stats, set_workspace_resource
+from .device import (
+    device_count,
+    device_info,
+    empty_cache,
+    memory_stats,
+    num_threads,
+    set_num_threads,
+    set_workspace_resource,
+)
 from .planning import Plan, Support, explain, plan, supports
 from .primitives import reduce, vector_add
 
@@ -29,8 +37,10 @@ __all__ = [
     "explain",
     "memory_stats",
     "merge_states",
+    "num_threads",
     "plan",
     "reduce",
+    "set_num_threads",
     "set_workspace_resource",
     "supports",
     "vector_add",

@@ -43,6 +43,20 @@ def memory_stats(device: Device = None) -> MemoryStats:
     return _core.memory_stats(*parse_device(device))
 
 
+def num_threads() -> int:
+    """Threads that one call on the CPU may use: FLASHCORE_NUM_THREADS, else OMP_NUM_THREADS, else all processors."""
+    return _core.num_threads()
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets the threads of the calls on the CPU that start from now on. Results do not depend on it.
+
+    Raises:
+      ValueError: less than 1.
+    """
+    _core.set_num_threads(threads)
+
+
 def empty_cache() -> None:
     """Gives every block that flashcore's pools keep for reuse back to the system."""
     _core.empty_cache()

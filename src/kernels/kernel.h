@@ -12,11 +12,11 @@ namespace flashcore::detail {
 
 /// One way to run a set of problems. Rows are constants; the registry holds them in order of preference.
 struct Kernel {
-  const char* name;         // "cuda.reference": backend, then what it is
+  const char* name;  // "cuda.reference": backend, then what it is
   DeviceType device;
-  unsigned phases;          // bit (1 << Phase)
-  FeatureSet features;      // the features this row was taught; any other refuses the problem
-  unsigned dtypes;          // bit (1 << DType)
+  unsigned phases;      // bit (1 << Phase)
+  FeatureSet features;  // the features this row was taught; any other refuses the problem
+  unsigned dtypes;      // bit (1 << DType)
 
   /// A reason why not, or an empty string. Called after phase, dtype and features were found to fit. May be null.
   std::string (*refuse)(const Problem&, const DeviceInfo&);

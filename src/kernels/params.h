@@ -48,7 +48,7 @@ struct SizeParams {
   std::int64_t batch = 0;
   std::int64_t seqlen_q = 0;  // the bound on any sequence's length
   std::int64_t seqlen_k = 0;
-  std::int64_t total_q = 0;   // packed rows; batch · seqlen where not varlen
+  std::int64_t total_q = 0;  // packed rows; batch · seqlen where not varlen
   std::int64_t total_k = 0;
   std::int32_t heads_q = 0;
   std::int32_t heads_k = 0;
@@ -59,8 +59,8 @@ struct SizeParams {
 /// Which keys a query sees by position.
 struct PositionParams {
   bool causal = false;
-  bool top_left = false;           // align with the top-left corner instead of the bottom-right one
-  std::int64_t window_left = -1;   // -1: unbounded
+  bool top_left = false;          // align with the top-left corner instead of the bottom-right one
+  std::int64_t window_left = -1;  // -1: unbounded
   std::int64_t window_right = -1;
 };
 
@@ -87,8 +87,8 @@ struct PageParams {
   const std::int32_t* block_table = nullptr;  // null: not paged
   std::int64_t table_batch = 0;               // stride of a sequence's table row
   std::int64_t page_size = 0;
-  std::int64_t pages = 0;                     // pages in the cache
-  std::int64_t max_pages = 0;                 // columns of the table
+  std::int64_t pages = 0;      // pages in the cache
+  std::int64_t max_pages = 0;  // columns of the table
 };
 
 struct AppendParams {
@@ -103,7 +103,7 @@ struct RotaryParams {
   std::int64_t cos_stride = 0;
   std::int64_t sin_stride = 0;
   std::int64_t positions = 0;
-  std::int32_t dim = 0;       // 0: off
+  std::int32_t dim = 0;  // 0: off
   bool interleaved = false;
 };
 
@@ -152,11 +152,11 @@ struct ArrayParams {
 
 /// out[outer] = op over the inner axes. `outer` is x without the reduced axis, `inner` the reduced part.
 struct ReduceParams {
-  ArrayParams outer;           // address, shape and strides of x's kept axes
-  std::int64_t inner = 0;      // number of reduced elements per result
-  ArrayParams reduced;         // shape and strides of the reduced axes (data unused)
-  ArrayParams out;             // same shape as outer
-  int op = 0;                  // ReduceOp
+  ArrayParams outer;       // address, shape and strides of x's kept axes
+  std::int64_t inner = 0;  // number of reduced elements per result
+  ArrayParams reduced;     // shape and strides of the reduced axes (data unused)
+  ArrayParams out;         // same shape as outer
+  int op = 0;              // ReduceOp
 };
 
 }  // namespace flashcore::detail

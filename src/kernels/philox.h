@@ -32,8 +32,8 @@ FLASHCORE_HD Philox4 philox(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2
 }
 
 /// The random word of one weight: keys 4n … 4n+3 share one Philox call.
-FLASHCORE_HD std::uint32_t dropout_word(std::uint64_t seed, std::int64_t batch, std::int64_t head,
-                                        std::int64_t query, std::int64_t key) {
+FLASHCORE_HD std::uint32_t dropout_word(std::uint64_t seed, std::int64_t batch, std::int64_t head, std::int64_t query,
+                                        std::int64_t key) {
   const Philox4 r = philox(static_cast<std::uint32_t>(key >> 2), static_cast<std::uint32_t>(query),
                            static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(batch), seed);
   const std::uint32_t low = key & 1 ? r.word[1] : r.word[0];  // not r.word[key & 3]: registers have no index

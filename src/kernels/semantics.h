@@ -29,16 +29,15 @@ FLASHCORE_HD Sequence sequence_of(const Params& p, std::int64_t batch) {
   Sequence s{batch, 0, 0, p.size.seqlen_q, p.size.seqlen_k};
   if (p.sequence.cu_seqlens_q) {
     s.q_begin = clamped(p.sequence.cu_seqlens_q[batch], 0, p.size.total_q);
-    s.seqlen_q = clamped(clamped(p.sequence.cu_seqlens_q[batch + 1], s.q_begin, p.size.total_q) - s.q_begin, 0,
-                         p.size.seqlen_q);
+    s.seqlen_q =
+        clamped(clamped(p.sequence.cu_seqlens_q[batch + 1], s.q_begin, p.size.total_q) - s.q_begin, 0, p.size.seqlen_q);
   }
   if (p.sequence.cu_seqlens_k) {
     s.k_begin = clamped(p.sequence.cu_seqlens_k[batch], 0, p.size.total_k);
-    s.seqlen_k = clamped(clamped(p.sequence.cu_seqlens_k[batch + 1], s.k_begin, p.size.total_k) - s.k_begin, 0,
-                         p.size.seqlen_k);
+    s.seqlen_k =
+        clamped(clamped(p.sequence.cu_seqlens_k[batch + 1], s.k_begin, p.size.total_k) - s.k_begin, 0, p.size.seqlen_k);
   }
-  if (p.sequence.seqused_k)
-    s.seqlen_k = clamped(p.sequence.seqused_k[batch] + p.sequence.seqlen_new, 0, s.seqlen_k);
+  if (p.sequence.seqused_k) s.seqlen_k = clamped(p.sequence.seqused_k[batch] + p.sequence.seqlen_new, 0, s.seqlen_k);
   return s;
 }
 
@@ -159,8 +158,8 @@ struct Score {
 
 /// `product` is q_i·k_j; `scale` includes the descales of float8.
 template <class Acc>
-FLASHCORE_HD Score<Acc> score_of(const Params& p, const Sequence& s, std::int64_t head, std::int64_t i,
-                                 std::int64_t j, Acc product, Acc scale, Acc alibi_slope) {
+FLASHCORE_HD Score<Acc> score_of(const Params& p, const Sequence& s, std::int64_t head, std::int64_t i, std::int64_t j,
+                                 Acc product, Acc scale, Acc alibi_slope) {
   Score<Acc> r{product * scale, Acc(1)};
   if (p.score.softcap > 0) {
     const Acc cap = static_cast<Acc>(p.score.softcap);
@@ -187,8 +186,7 @@ FLASHCORE_HD Acc dropout_factor(const DropoutParams& d, const Sequence& s, std::
 /// Element d of a row after rotary embedding at `position`. `row` points to the row; values beyond rotary.dim, and
 /// positions that the tables do not hold, pass unchanged.
 template <class T>
-FLASHCORE_HD typename Accumulator<T>::type rotated(const T* row, int d, std::int64_t position,
-                                                   const RotaryParams& r) {
+FLASHCORE_HD typename Accumulator<T>::type rotated(const T* row, int d, std::int64_t position, const RotaryParams& r) {
   using Acc = typename Accumulator<T>::type;
   const Acc x = load(row[d]);
   if (d >= r.dim || position < 0 || position >= r.positions) return x;

@@ -13,8 +13,8 @@ constexpr int kThreads = 128;
 constexpr int kMaxHeadDim = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) repair(const __grid_constant__ Params p, const std::uint8_t* spoilt,
-                                                   std::int64_t groups) {
+__global__ void __launch_bounds__(kThreads)
+    repair(const __grid_constant__ Params p, const std::uint8_t* spoilt, std::int64_t groups) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");  // launched early: the flags are written by the kernel before
 #endif

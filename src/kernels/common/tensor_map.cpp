@@ -48,8 +48,8 @@ TensorMap make_tensor_map(const TensorParams& tensor, DType dtype, const MapShap
       encoder()(&result.map, type, 4, tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
-    throw CudaError(static_cast<int>(status), "cuTensorMapEncodeTiled refused a tensor (code " +
-                                                  std::to_string(static_cast<int>(status)) + ")");
+    throw CudaError(static_cast<int>(status),
+                    "cuTensorMapEncodeTiled refused a tensor (code " + std::to_string(static_cast<int>(status)) + ")");
   return result;
 }
 

@@ -269,8 +269,8 @@ struct Consumer {
 
   /// S = Q·Kᵀ, queued. Both tiles lie in panels of 64 columns; a step of 16 columns is 32 bytes in a panel's row.
   __device__ __forceinline__ void issue_scores(float (&s)[kBlockN / 2], int q_buffer, int stage) const {
-    const std::uint64_t q = ptx::descriptor(s_base + Plan::kQ + q_buffer * Traits::kQBytes +
-                                                consumer * kRowsPerConsumer * kPanelRowBytes, 16);
+    const std::uint64_t q = ptx::descriptor(
+        s_base + Plan::kQ + q_buffer * Traits::kQBytes + consumer * kRowsPerConsumer * kPanelRowBytes, 16);
     const std::uint64_t k = ptx::descriptor(s_base + Plan::kK + stage * Traits::kKBytes, 16);
     ptx::keep(s);
     ptx::wgmma_fence();
@@ -286,8 +286,7 @@ struct Consumer {
   /// O += P·V, queued. V is read transposed: 16 keys are 16 rows of 128 bytes further on.
   __device__ __forceinline__ void issue_values(float (&o)[kHeadDim / 2], std::uint32_t (&p)[kBlockN / 4],
                                                int stage) const {
-    const std::uint64_t v =
-        ptx::descriptor(s_base + Plan::kV + stage * Traits::kKBytes, kBlockN * kPanelRowBytes);
+    const std::uint64_t v = ptx::descriptor(s_base + Plan::kV + stage * Traits::kKBytes, kBlockN * kPanelRowBytes);
     ptx::keep(p);
     ptx::keep(o);
     ptx::wgmma_fence();
@@ -331,9 +330,9 @@ struct Consumer {
   /// Rows to shared memory and from there to global memory, each warp its own 16 rows.
   __device__ __forceinline__ void store(const CUtensorMap* map_out, const float (&o)[kHeadDim / 2], int q_buffer,
                                         int row, int head, int batch) const {
-    const std::uint32_t s_out =
-        s_base + (Traits::kTile.separate_out ? Plan::kOut : Plan::kQ + q_buffer * Traits::kQBytes) +
-        (consumer * kRowsPerConsumer + warp() * 16) * kPanelRowBytes;
+    const std::uint32_t s_out = s_base +
+                                (Traits::kTile.separate_out ? Plan::kOut : Plan::kQ + q_buffer * Traits::kQBytes) +
+                                (consumer * kRowsPerConsumer + warp() * 16) * kPanelRowBytes;
     if (Traits::kTile.separate_out) {  // the last tile's store has read the buffer
       ptx::bulk_wait_read<0>();
       __syncwarp();
@@ -352,8 +351,8 @@ struct Consumer {
     if (lane() != 0) return;
 #pragma unroll
     for (int panel = 0; panel < Traits::kPanels; ++panel)
-      ptx::tma_store(map_out, s_out + panel * kBlockM * kPanelRowBytes, panel * kPanelColumns,
-                     row, head, batch);  // lane 0: the warp's first row
+      ptx::tma_store(map_out, s_out + panel * kBlockM * kPanelRowBytes, panel * kPanelColumns, row, head,
+                     batch);  // lane 0: the warp's first row
     ptx::bulk_commit();
     if (!Traits::kTile.separate_out) {
       ptx::bulk_wait_read<0>();
@@ -392,7 +391,8 @@ struct Consumer {
     for (int i = 0; i < kHeadDim / 2; ++i) finite = finite && fabsf(o[i]) < INFINITY;
     const bool spoilt = !__all_sync(tile::kAllLanes, finite);
     const int group = (tile.m_block * Traits::kConsumers + consumer) * 4 + warp();
-    if (lane() == 0 && args.spoilt) args.spoilt[tile.head * args.order.m_blocks * Traits::kConsumers * 4 + group] = spoilt;
+    if (lane() == 0 && args.spoilt)
+      args.spoilt[tile.head * args.order.m_blocks * Traits::kConsumers * 4 + group] = spoilt;
   }
 
   __device__ __forceinline__ void run_tile(const CUtensorMap* map_out, int index);

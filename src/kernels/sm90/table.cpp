@@ -33,8 +33,8 @@ std::string refuse_forward(const Problem& problem, const DeviceInfo& device) {
 }
 
 void plan_forward(const Problem& problem, const DeviceInfo& device, Plan& plan) {
-  constexpr detail::FeatureSet kUneven = detail::kCausal | detail::kWindow | detail::kMask | detail::kBias |
-                                         detail::kSoftcap | detail::kAlibi;
+  constexpr detail::FeatureSet kUneven =
+      detail::kCausal | detail::kWindow | detail::kMask | detail::kBias | detail::kSoftcap | detail::kAlibi;
   constexpr std::int64_t kFlagRows = 16;
   constexpr std::int64_t kLargestBlock = 192;
   plan.blocks = device.multiprocessors;

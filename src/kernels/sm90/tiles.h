@@ -12,12 +12,12 @@ enum class FwdKind {
 
 /// Shape of one block's work in the forward kernel. Consumer warpgroups own 64 query rows each.
 struct FwdTile {
-  int block_m;            // query rows: 64 · consumers
-  int block_n;            // keys per step
-  int stages;             // K and V buffers each
-  int q_buffers;          // 2: the next tile's queries load while this one computes
-  bool separate_out;      // the output has a staging buffer of its own; otherwise it takes its queries' place
-  bool rescale_early;     // scale the output while the next scores are computed, not after the value product
+  int block_m;         // query rows: 64 · consumers
+  int block_n;         // keys per step
+  int stages;          // K and V buffers each
+  int q_buffers;       // 2: the next tile's queries load while this one computes
+  bool separate_out;   // the output has a staging buffer of its own; otherwise it takes its queries' place
+  bool rescale_early;  // scale the output while the next scores are computed, not after the value product
   int producer_registers;
   int consumer_registers;
 

@@ -8,9 +8,9 @@ namespace flashcore::tile {
 /// Keys that row i may see, relative to key 0. Shared by the producer, which skips whole blocks, and the consumers.
 struct KeyWindow {
   int seqlen_k;
-  int shift;   // of the diagonal: seqlen_k − seqlen_q, or 0 where aligned top-left
-  int left;    // −1: unbounded
-  int right;   // −1: unbounded; 0 is the causal rule
+  int shift;  // of the diagonal: seqlen_k − seqlen_q, or 0 where aligned top-left
+  int left;   // −1: unbounded
+  int right;  // −1: unbounded; 0 is the causal rule
 
   __device__ __forceinline__ int begin(int row) const { return left < 0 ? 0 : max(0, row + shift - left); }
   __device__ __forceinline__ int end(int row) const {

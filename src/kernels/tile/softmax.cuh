@@ -49,7 +49,7 @@ struct OnlineSoftmax {
     float odd[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
-      float(&m)[2] = i & 1 ? odd : even;
+      float (&m)[2] = i & 1 ? odd : even;
       m[0] = fmaxf(m[0], fmaxf(s[4 * i], s[4 * i + 1]));
       m[1] = fmaxf(m[1], fmaxf(s[4 * i + 2], s[4 * i + 3]));
     }
