@@ -9,8 +9,8 @@
 //   lse(i) = log( Σ_j exp s(i,j) + exp sink_h )                     (natural log; the sink only if given)
 //   out(i) = Σ_j exp(s(i,j) − lse(i)) · dropout(i,j) · v_j          (a sink has no value)
 //
-// A query that sees no key has out = 0, lse = −inf and zero gradients, also where there is a sink. Inputs are stored in their dtype, sums are
-// taken in float32 (float64 for float64). What is excluded is never multiplied: NaN or Inf there does no harm.
+// A query that sees no key has out = 0, lse = −inf and zero gradients, also where there is a sink. Inputs are stored in
+// their dtype, sums are taken in float32 (float64 for float64). NaN or Inf in what is excluded does no harm.
 // The algorithm is online softmax in blocks (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022).
 #pragma once
 

@@ -9,6 +9,7 @@
 #include "flashcore/device.h"
 #include "flashcore/memory.h"
 #include "flashcore/primitives.h"
+#include "flashcore/threads.h"
 
 namespace flashcore::python {
 
