@@ -72,6 +72,7 @@ inline constexpr const char* kCaseLines[] = {
     "bwd b1 q21 k9 h2 d16 causal_br dlse",
     "bwd b1 q17 k40 h1 d16 causal_br window5,* dlse",
     "bwd b1 q40 k17 h1 d16 window3,2 dlse",
+    "bwd b1 q9 k12 h2 d16 window0,0",
     "bwd b2 q9 k20 h4/2 d16 mask dlse",
     "bwd b2 q9 k20 h4/2 d16 bias dlse",
     "bwd b2 q9 k20 h4/2 d16 bias dlse dbias",

@@ -28,6 +28,11 @@ Matrix head_of(const Array4& x, std::int64_t batch, std::int64_t head, std::int6
   return m;
 }
 
+Matrix absolute(Matrix m) {
+  for (double& x : m.values) x = std::fabs(x);
+  return m;
+}
+
 Matrix transposed(const Matrix& a) {
   Matrix t(a.columns, a.rows);
   for (std::int64_t i = 0; i < a.rows; ++i)
@@ -146,26 +151,33 @@ class Head {
   Matrix sink_weights;  // the weight that the sink takes from each row
 };
 
-/// Scores' gradients of one head: the softmax's Jacobian applied to the weights' gradients, plus what lse gives. The
-/// Jacobian needs the mean of the weights' gradients under the weights (the sink's own gradient is 0): dout·out.
-Matrix score_grads(const Head& h, const Matrix& above, const Matrix& weight_grads, const Array4& dlse,
-                   std::int64_t batch, std::int64_t head, const Rounding& rounding, double& dsink) {
-  const Matrix out = product(h.kept_weights(), h.v, rounding);
-  Matrix ds(h.seqlen_q(), h.seqlen_k());
-  for (std::int64_t i = 0; i < h.seqlen_q(); ++i) {
-    double mean = 0;
-    for (std::int64_t d = 0; d < out.columns; ++d) mean += above(i, d) * out(i, d);
-    const double from_lse = dlse ? dlse(batch, head, i, 0) : 0;
-    for (std::int64_t j = 0; j < h.seqlen_k(); ++j)
-      if (h.weights(i, j) != 0) ds(i, j) = rounding(h.weights(i, j) * (weight_grads(i, j) - mean + from_lse));
-    if (h.sink_weights(i, 0) != 0) dsink += h.sink_weights(i, 0) * (from_lse - mean);
+/// dlse − dout·out of every row: what the gradient of each weight is moved by on its way through the softmax. dout·out
+/// is the mean of the weights' gradients under the weights (that of a sink is 0).
+Matrix row_shifts(const Matrix& above, const Matrix& out, const Array4& dlse, std::int64_t batch, std::int64_t head) {
+  Matrix shifts(out.rows, 1);
+  for (std::int64_t i = 0; i < out.rows; ++i) {
+    shifts(i, 0) = dlse ? dlse(batch, head, i, 0) : 0;
+    for (std::int64_t d = 0; d < out.columns; ++d) shifts(i, 0) -= above(i, d) * out(i, d);
   }
+  return shifts;
+}
+
+/// The softmax's Jacobian applied to the weights' gradients.
+Matrix score_grads(const Head& h, const Matrix& weight_grads, const Matrix& shifts, const Rounding& rounding) {
+  Matrix ds(h.seqlen_q(), h.seqlen_k());
+  for (std::int64_t i = 0; i < ds.rows; ++i)
+    for (std::int64_t j = 0; j < ds.columns; ++j)
+      if (h.weights(i, j) != 0) ds(i, j) = rounding(h.weights(i, j) * (weight_grads(i, j) + shifts(i, 0)));
   return ds;
 }
 
 void add_bias_grads(Array4& dbias, const Matrix& ds, std::int64_t batch, std::int64_t head) {
   for (std::int64_t i = 0; i < ds.rows; ++i)
     for (std::int64_t j = 0; j < ds.columns; ++j) dbias.values()[dbias.broadcast_offset(batch, head, i, j)] += ds(i, j);
+}
+
+double largest_of(const Array4& x) {
+  return x.values().empty() ? 0 : *std::max_element(x.values().begin(), x.values().end());
 }
 
 Array4 zeros_like(const Array4& x) { return Array4(x.size(0), x.size(1), x.size(2), x.size(3)); }
@@ -203,13 +215,16 @@ OracleGrads oracle_backward(const OracleCall& call, const Array4& dout, const Ar
     for (std::int64_t h = 0; h < call.q.size(1); ++h) {
       const Head head(call, b, h, rounding);
       const Matrix above = head_of(dout, b, h, head.seqlen_q());
+      const Matrix out = product(head.kept_weights(), head.v, rounding);
       add_to(grads.dv, product(transposed(head.kept_weights()), above, rounding), b, head.kv_head());
 
       Matrix weight_grads = product(above, transposed(head.v), rounding);
       for (std::size_t n = 0; n < weight_grads.values.size(); ++n) weight_grads.values[n] *= head.dropout.values[n];
-      double dsink = 0;
-      Matrix ds = score_grads(head, above, weight_grads, dlse, b, h, rounding, dsink);
-      if (grads.dsinks) grads.dsinks.values()[grads.dsinks.broadcast_offset(0, h, 0, 0)] += dsink;
+      const Matrix shifts = row_shifts(above, out, dlse, b, h);
+      Matrix ds = score_grads(head, weight_grads, shifts, rounding);
+      for (std::int64_t i = 0; grads.dsinks && i < shifts.rows; ++i)
+        if (head.sink_weights(i, 0) != 0)
+          grads.dsinks.values()[grads.dsinks.broadcast_offset(0, h, 0, 0)] += head.sink_weights(i, 0) * shifts(i, 0);
       if (grads.dbias) add_bias_grads(grads.dbias, ds, b, h);
 
       for (std::size_t n = 0; n < ds.values.size(); ++n) ds.values[n] *= head.slopes.values[n] * call.scale;
@@ -217,6 +232,35 @@ OracleGrads oracle_backward(const OracleCall& call, const Array4& dout, const Ar
       add_to(grads.dk, product(transposed(ds), head.q, rounding), b, head.kv_head());
     }
   return grads;
+}
+
+GradSizes oracle_grad_sizes(const OracleCall& call, const Array4& dout, const Array4& dlse) {
+  OracleGrads sums{zeros_like(call.q), zeros_like(call.k), zeros_like(call.v), {}, {}};
+  if (call.bias) sums.dbias = zeros_like(call.bias);
+  Array4 noise(1, call.q.size(1), 1, 1);
+  const Rounding rounding = exact;
+  for (std::int64_t b = 0; b < call.q.size(0); ++b)
+    for (std::int64_t h = 0; h < call.q.size(1); ++h) {
+      const Head head(call, b, h, rounding);
+      const Matrix above = head_of(dout, b, h, head.seqlen_q());
+      const Matrix out = product(head.kept_weights(), head.v, exact);
+      add_to(sums.dv, product(transposed(head.kept_weights()), absolute(above), exact), b, head.kv_head());
+
+      Matrix weight_grads = product(above, transposed(head.v), exact);
+      for (std::size_t n = 0; n < weight_grads.values.size(); ++n) weight_grads.values[n] *= head.dropout.values[n];
+      const Matrix shifts = row_shifts(above, out, dlse, b, h);
+      Matrix ds = score_grads(head, absolute(weight_grads), absolute(shifts), exact);
+      if (sums.dbias) add_bias_grads(sums.dbias, ds, b, h);
+      for (std::size_t n = 0; n < ds.values.size(); ++n) ds.values[n] *= head.slopes.values[n] * std::fabs(call.scale);
+      add_to(sums.dq, product(ds, absolute(head.k), exact), b, h);
+      add_to(sums.dk, product(transposed(ds), absolute(head.q), exact), b, head.kv_head());
+      for (std::int64_t i = 0; i < out.rows; ++i)
+        for (std::int64_t d = 0; d < out.columns; ++d)
+          if (head.sink_weights(i, 0) != 0)
+            noise(0, h, 0, 0) += std::pow(head.sink_weights(i, 0) * above(i, d) * out(i, d), 2);
+    }
+  return {largest_of(sums.dq), largest_of(sums.dk), largest_of(sums.dv), largest_of(sums.dbias),
+          std::sqrt(largest_of(noise))};
 }
 
 Array4 oracle_rotary(const Array4& x, const std::vector<std::int64_t>& first, const Array4& cos, const Array4& sin,

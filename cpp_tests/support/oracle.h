@@ -51,6 +51,16 @@ struct OracleGrads {
 OracleGrads oracle_backward(const OracleCall& call, const Array4& dout, const Array4& dlse,
                             const Rounding& rounding = exact);
 
+/// What the roundings of a backward pass are relative to. Gradients are sums that partly, or even wholly, cancel: for
+/// each the largest sum of absolute values that goes into one of its elements.
+struct GradSizes {
+  double dq, dk, dv, dbias;
+  /// dsinks is a handful of long sums. A backward pass is given `out` as it was stored: the largest standard deviation
+  /// that a sum gets where every number of `out` is wrong by one part at random.
+  double dsinks_noise;
+};
+GradSizes oracle_grad_sizes(const OracleCall& call, const Array4& dout, const Array4& dlse);
+
 /// Every row i of batch b turned by the angles of position first[b] + i. cos, sin: (1, 1, positions, pairs).
 Array4 oracle_rotary(const Array4& x, const std::vector<std::int64_t>& first, const Array4& cos, const Array4& sin,
                      bool interleaved);
