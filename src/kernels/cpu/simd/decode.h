@@ -167,6 +167,7 @@ class Decode {
       seen.end = max_of(seen.end, keys.end);
     }
     const std::int64_t out_width = padded(p_.size.head_dim_v);
+    if (rows_ == 0) return;
     std::memset(span_.out, 0, static_cast<std::size_t>(padded_rows(rows_) * out_width) * sizeof(float));
     const std::int64_t begin = max_of(seen.begin, task_.key_begin);
     const std::int64_t end = min_of(seen.end, task_.key_end);
