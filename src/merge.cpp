@@ -10,13 +10,9 @@
 namespace flashcore {
 namespace {
 
-bool same_memory(const TensorView& a, const TensorView& b) {
-  return a.data == b.data && a.shape == b.shape && a.stride == b.stride;
-}
-
 /// In place is allowed, a shifted overlap is not.
 void require_apart(const TensorView& written, const TensorView& read, const std::string& what) {
-  if (!same_memory(written, read) && detail::may_overlap(written, read))
+  if (!detail::is_same_view(written, read) && detail::may_overlap(written, read))
     throw InvalidArgument("merge_states: " + what + "; they must be the same tensor or not overlap at all");
 }
 

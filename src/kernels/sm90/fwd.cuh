@@ -236,7 +236,6 @@ struct Consumer {
   static constexpr int kBlockM = Traits::kBlockM;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kConsumerThreads = Traits::kConsumers * kWarpgroup;
   static constexpr int kFirstTurn = 1;  // named barriers kFirstTurn + consumer: whose turn to multiply it is
 
   const FwdArgs& args;
