@@ -14,17 +14,15 @@ sample of rows against float64. Peers are what can be imported: torch's SDPA bac
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import flashcore as fc
 import torch
+from results_file import output_of, provenance, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -184,22 +182,12 @@ def run_case(line, peers, rounds):
 
 
 def machine():
-    def output(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    driver = output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
+        "driver": output_of("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "flashcore": fc.__version__,
-        "git_sha": os.environ.get("FLASHCORE_GIT_SHA") or output("git", "rev-parse", "HEAD"),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance("torch"),
     }
 
 
@@ -221,7 +209,7 @@ def main():
     parser.add_argument("lines", nargs="*", help="problem lines")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peers", help="a Python file with more peers")
-    parser.add_argument("--save", help="write the results to this JSON file")
+    parser.add_argument("--save", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/compare.py needs a CUDA device")
@@ -230,7 +218,7 @@ def main():
     cases = [run_case(line, peers, arguments.rounds) for line in track(lines, "comparing")]
     print_table(cases)
     if arguments.save:
-        Path(arguments.save).write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
+        save(arguments.save, machine(), cases=cases)
 
 
 if __name__ == "__main__":

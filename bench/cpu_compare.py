@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""flashcore's CPU rows against torch's scaled_dot_product_attention, in one process.
+"""Times flashcore on the CPU beside torch's scaled_dot_product_attention, and JAX and NumPy if asked.
 
-Both run in random order inside each round; a cell's ratio is the median over rounds of (torch time / flashcore time) of
-the same round. Machines change their speed within seconds, so ratios are comparable where times are not.
+    python bench/cpu_compare.py                                          # everything
+    python bench/cpu_compare.py --isa avx2 --cases 512 "bwd 512" decode  # every library held to AVX2
+    python bench/cpu_compare.py --peers jax numpy --memory --save bench/results/cpu_NAME_native.json
 
-Usage: cpu_compare.py [--threads 1 2] [--dtypes float32 …] [--cases 512 2048 …] [--rounds 9] [--json FILE]
+All contenders of a cell run in one process, in random order inside each round. A ratio is the median over rounds of
+(their time / our time) of the same round: machines change their speed within seconds, so ratios are comparable where
+times are not. Beside them stand what flashcore gains where a mask lets it skip work, and the share of what the
+processor can do at most, which the program `peak` measures in the same rounds (`cmake --preset release && cmake --build
+--preset release --target peak`; without it there is no share).
 """
 
 from __future__ import annotations
@@ -12,153 +17,143 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import random
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import flashcore as fc
-import torch
-import torch.nn.functional as F
+from cpu_cells import CELLS, SKIPPING_CELLS
+from cpu_tables import spread, tables
+from results_file import provenance, save
+from rich.console import Console
+from rich.progress import Progress
 
-Run = Callable[[], object]
+HERE = Path(__file__).resolve().parent
+DTYPES = ("float32", "bfloat16", "float16")
+Result = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one cell. `backward` times the gradients alone, from a forward pass made before."""
-
-    batch: int
-    heads: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    heads_k: int | None = None
-    causal: bool = False
-    backward: bool = False
-
-
-CASES = {
-    "512": Case(1, 8, 512, 512, 64),
-    "2048": Case(1, 8, 2048, 2048, 64),
-    "1024x32": Case(1, 32, 1024, 1024, 128),
-    "4x256": Case(4, 8, 256, 256, 64),
-    "4096c": Case(1, 8, 4096, 4096, 128, causal=True),
-    "384d80": Case(2, 12, 384, 384, 80),
-    "decode": Case(1, 32, 1, 8192, 128, heads_k=8),
-    "small": Case(1, 1, 32, 32, 64),
-    "bwd 512": Case(1, 8, 512, 512, 64, backward=True),
-    "bwd 2048": Case(1, 8, 2048, 2048, 64, backward=True),
-    "bwd 1024x32": Case(1, 32, 1024, 1024, 128, backward=True),
-    "bwd 4x256": Case(4, 8, 256, 256, 64, backward=True),
-    "bwd 4096c": Case(1, 8, 4096, 4096, 128, causal=True, backward=True),
-    "bwd 384d80": Case(2, 12, 384, 384, 80, backward=True),
+# Each level of instructions in the words of every library; "native" is what each chooses by itself. JAX compiles, MKL,
+# oneDNN and OpenBLAS (NumPy's) dispatch.
+LEVELS = {
+    "native": {},
+    "avx512": {
+        "FLASHCORE_CPU_ISA": "avx512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "OPENBLAS_CORETYPE": "SkylakeX",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX512",
+    },
+    "avx2": {
+        "FLASHCORE_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    },
 }
+FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile")
+FLAGS += ("amx_bf16", "amx_fp16", "asimd", "asimdhp", "bf16", "sve", "i8mm")
 
 
-def tensors(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    torch.manual_seed(1)
-    q = torch.randn(case.batch, case.heads, case.seqlen_q, case.head_dim).to(dtype)
-    keys = (case.batch, case.heads_k or case.heads, case.seqlen_k, case.head_dim)
-    return q, torch.randn(keys).to(dtype), torch.randn(keys).to(dtype)
+def environment(isa: str, threads: int) -> dict[str, str]:
+    """What a process is given so that all of its libraries keep to this level and to so many threads."""
+    inherited = {name: value for name, value in os.environ.items() if name != "FLASHCORE_NUM_THREADS"}
+    return inherited | LEVELS[isa] | {"OMP_NUM_THREADS": str(threads), "PJRT_NPROC": str(threads)}
 
 
-def forward_runs(case: Case, dtype: torch.dtype) -> tuple[Run, Run]:
-    q, k, v = tensors(case, dtype)
-    grouped = case.heads_k is not None
-    ours = (lambda: fc.attention(q, k, v, causal=True)) if case.causal else (lambda: fc.attention(q, k, v))
-    theirs = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=grouped)  # noqa: E731
-    check(ours(), theirs(), dtype)
-    return ours, theirs
-
-
-def backward_runs(case: Case, dtype: torch.dtype) -> tuple[Run, Run]:
-    q, k, v = tensors(case, dtype)
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    result = F.scaled_dot_product_attention(*leaves, is_causal=case.causal)
-    dout = torch.randn_like(q)
-    out, lse = fc.attention(q, k, v, causal=case.causal, return_lse=True)
-    ours = lambda: fc.attention_backward(dout, q, k, v, out, lse, causal=case.causal)  # noqa: E731
-    theirs = lambda: torch.autograd.grad(result, leaves, dout, retain_graph=True)  # noqa: E731
-    for mine, other in zip(ours(), theirs(), strict=True):
-        check(mine, other, dtype)
-    return ours, theirs
-
-
-def check(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
-    """A wrong result is not worth timing."""
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(ours.float(), theirs.float(), atol=tolerance, rtol=tolerance)
-
-
-def seconds(run: Run, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
-
-
-def measure(case: Case, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    ours, theirs = backward_runs(case, dtype) if case.backward else forward_runs(case, dtype)
-    runs = {"flashcore": ours, "torch": theirs}
-    repeats = {name: max(1, int(0.02 / max(seconds(run, 2), 1e-7))) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name in random.sample(list(runs), len(runs)):
-            times[name].append(seconds(runs[name], repeats[name]))
-    ratios = [t / f for t, f in zip(times["torch"], times["flashcore"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    pairs = case.batch * case.heads * case.seqlen_q * case.seqlen_k * (0.5 if case.causal else 1)
-    operations = 4 * pairs * case.head_dim * (2.5 if case.backward else 1)
-    mine = statistics.median(times["flashcore"])
+def processor() -> Result:
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    facts = dict(re.findall(r"^(.*?)\s*: (.*)$", text, flags=re.MULTILINE))
+    present = facts.get("flags", facts.get("Features", "")).split()
+    names = {"family": "cpu family", "model": "model", "stepping": "stepping"}
     return {
-        "flashcore_ms": mine * 1e3,
-        "torch_ms": statistics.median(times["torch"]) * 1e3,
-        "gflops": operations / mine * 1e-9,
-        "ratio": middle,
-        "ratio_low": low,
-        "ratio_high": high,
+        "processor": facts.get("model name", "unknown"),
+        **{name: facts[key] for name, key in names.items() if key in facts},
+        "flags": [flag for flag in FLAGS if flag in present],
+        "cores": len(os.sched_getaffinity(0)),
     }
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+def built_peak() -> str | None:
+    found = sorted(HERE.parent.glob("build/*/bench/peak"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else None
+
+
+def measured(arguments: argparse.Namespace, threads: int) -> Iterator[Result]:
+    """Results of the cells, one by one, from a process of their own."""
+    names = ("isa", "cases", "dtypes", "peers", "rounds", "seconds", "peak")
+    wishes = {name: getattr(arguments, name) for name in names} | {"threads": threads}
+    command = [sys.executable, str(HERE / "cpu_worker.py"), json.dumps(wishes)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment(arguments.isa, threads)
+    ) as process:
+        yield from map(json.loads, process.stdout)
+    if process.returncode:
+        sys.exit(f"bench/cpu_worker.py ended with {process.returncode}")
+
+
+def memory_growth(arguments: argparse.Namespace) -> list[Result]:
+    threads = max(arguments.threads)
+    results = []
+    for library in ("flashcore", "torch"):
+        for dtype in ("float32", "bfloat16"):
+            command = [sys.executable, str(HERE / "cpu_memory.py"), library, dtype]
+            run = subprocess.run(command, stdout=subprocess.PIPE, env=environment(arguments.isa, threads), check=True)
+            results.append(json.loads(run.stdout))
+    return results
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases = [*CELLS, *SKIPPING_CELLS]
+    parser.add_argument("--isa", choices=LEVELS, default="native", help="hold every library to this level")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--cases", nargs="*", choices=cases, default=cases, metavar="CASE", help=", ".join(cases))
+    parser.add_argument("--peers", nargs="+", choices=("jax", "numpy"), default=[], help="also time these")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=60, help="a cell that took so long ends, from 3 rounds on")
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of a long call")
+    parser.add_argument("--peak", default=built_peak(), help="the program that measures the processor")
+    parser.add_argument("--save", type=Path, help="write the results to this JSON file")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: quartiles take two rounds at least")
+    return arguments
+
+
+def load() -> float:
+    return round(os.getloadavg()[0], 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the results there")
-    args = parser.parse_args()
-
-    cells = []
-    print(f"{processor()}, torch {torch.__version__}, load {os.getloadavg()[0]:.2f}")
-    print(f"{'case':12} {'dtype':9} {'threads':>7} {'torch ms':>9} {'ms':>9} {'GF/s':>6}  ratio (quartiles)")
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        fc.set_num_threads(threads)
-        for name in args.cases:
-            for dtype in args.dtypes:
-                cell = measure(CASES[name], getattr(torch, dtype), args.rounds)
-                cells.append({"case": name, "dtype": dtype, "threads": threads, **cell})
-                print(
-                    f"{name:12} {dtype:9} {threads:7} {cell['torch_ms']:9.3f} {cell['flashcore_ms']:9.3f} "
-                    f"{cell['gflops']:6.0f}  {cell['ratio']:.2f} ({cell['ratio_low']:.2f}-{cell['ratio_high']:.2f})",
-                    flush=True,
-                )
-    print(f"geometric mean {statistics.geometric_mean(c['ratio'] for c in cells):.2f}, load {os.getloadavg()[0]:.2f}")
-    if args.json:
-        facts = {"processor": processor(), "torch": torch.__version__, "load": os.getloadavg()[0], "cells": cells}
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    arguments = parse()
+    console = Console(width=140)
+    machine = {**processor(), **provenance("torch", *arguments.peers), "isa": arguments.isa, "load": [load()]}
+    console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False, soft_wrap=True)
+    if not arguments.peak:
+        console.print("no share of peak: the program `peak` is not built")
+    results: list[Result] = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("cells", total=len(arguments.threads) * len(arguments.cases) * len(arguments.dtypes))
+        for threads in arguments.threads:
+            for result in measured(arguments, threads):
+                results.append(result)
+                if arguments.save:  # a long run that is cut off keeps what it has
+                    save(arguments.save, machine, cells=results, memory=[])
+                ratio = spread(result["ratios"]["torch"])
+                progress.console.print(f"{result['case']} {result['dtype']}, threads {threads}: {ratio}", markup=False)
+                progress.advance(task)
+    memory = memory_growth(arguments) if arguments.memory else []
+    machine["load"].append(load())
+    if arguments.save:
+        save(arguments.save, machine, cells=results, memory=memory)
+    for part in tables(results, memory):
+        console.print(part)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ import re
 import sys
 from pathlib import Path
 
+from readme_cpu import cpu_section
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULT = ROOT / "bench" / "results" / "forward_h200.json"
+RESULTS = ROOT / "bench" / "results"
+RESULT = RESULTS / "forward_h200.json"
 PICTURE = ROOT / "docs" / "forward_h200.png"
 BEGIN, END = "<!-- speed: written by scripts/update_readme.py -->\n", "<!-- end of speed -->"
 OURS = "flashcore"
@@ -39,7 +42,7 @@ def cell(result: dict | None, best: bool) -> str:
     return f"**{text}**" if best else text
 
 
-def section() -> str:
+def gpu_section() -> str:
     data = json.loads(RESULT.read_text())
     machine = data["machine"]
     names = list(dict.fromkeys(name for case in data["cases"] for name in case["results"]))
@@ -67,6 +70,10 @@ def section() -> str:
             "",
         ]
     )
+
+
+def section() -> str:
+    return "\n".join(filter(None, [gpu_section(), cpu_section(RESULTS)]))
 
 
 def draw() -> None:
