@@ -23,6 +23,8 @@ else()
   # Note: GCC 12 takes the undefined vectors of its own AVX-512 intrinsics for a mistake (its bug 105593).
   _flashcore_add_isa(avx512 -march=x86-64-v4 -mtune=skylake-avx512 -mprefer-vector-width=512 -Wno-uninitialized
     -Wno-maybe-uninitialized)
+  _flashcore_add_isa(amx -march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -mtune=sapphirerapids
+    -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 
 find_package(Threads REQUIRED)

@@ -19,10 +19,6 @@ namespace {
 /// Waking a thread pays from about this many operations for each thread on.
 constexpr double kOperationsPerThread = 2e6;
 
-/// Queries and sums of a task are to stay in L2 beside a block of keys and values.
-constexpr std::int64_t kTaskBytes = 256 * 1024;
-constexpr std::int64_t kMaxTaskBlocks = 16;
-
 /// How a call is cut. A task is `blocks` query blocks of one head, or all of those of `heads` heads of a group.
 /// Results do not depend on the cut: a query block's arithmetic is its own.
 struct Cut {
@@ -35,9 +31,10 @@ struct Cut {
 Cut cut_call(const Params& p, const Isa& isa, int threads) {
   const std::int64_t all = std::max<std::int64_t>(1, isa.query_blocks(p.size.seqlen_q));
   const std::int64_t group = p.size.heads_q / p.size.heads_k;
+  const std::int64_t block_queries = isa.lanes * isa.tile_vectors;
   const std::int64_t block_bytes =
-      static_cast<std::int64_t>(sizeof(float)) * isa.lanes * isa.tile_vectors * (p.size.head_dim + p.size.head_dim_v);
-  const std::int64_t most = std::clamp<std::int64_t>(kTaskBytes / block_bytes, 1, kMaxTaskBlocks);
+      static_cast<std::int64_t>(sizeof(float)) * block_queries * (p.size.head_dim + p.size.head_dim_v);
+  const std::int64_t most = std::clamp<std::int64_t>(isa.task_bytes / block_bytes, 1, isa.task_queries / block_queries);
   const auto cut_to = [&](std::int64_t limit) {
     Cut cut{std::min(all, limit), 1, 1, group};
     if (all <= limit) cut.heads = std::min(group, limit / all);

@@ -115,7 +115,8 @@ class Backward {
     }
     for (std::int64_t n = 0; n < blocks && p_.grad.dq.data; ++n) {
       const ScoreTile t = tile_of(n);
-      const VecF factor[kTileVectors] = {broadcast(scale_), broadcast(scale_), broadcast(scale_)};
+      VecF factor[kTileVectors];
+      for (VecF& x : factor) x = broadcast(scale_);
       T* dq = static_cast<T*>(p_.grad.dq.data) + detail::q_offset(p_.grad.dq, s_, head_, t.first_query);
       unpack_transposed<T>(dq_columns_ + t.first_query * p_.size.head_dim, t.vectors, factor, dq, p_.grad.dq.seq,
                            t.queries, p_.size.head_dim);

@@ -85,7 +85,8 @@ class BiasGrad {
     const detail::PlaneParams& dbias = p_.grad.dbias;
     T* to = static_cast<T*>(dbias.data) + detail::plane_offset(dbias, task_.batch, task_.head, first_query, first_key);
     if (dbias.key == 1 || keys == 1) {
-      const VecF one[kTileVectors] = {broadcast(1.f), broadcast(1.f), broadcast(1.f)};
+      VecF one[kTileVectors];
+      for (VecF& x : one) x = broadcast(1.f);
       return unpack_transposed<T>(sum_, kTileVectors, one, to, dbias.query, queries, keys);
     }
     for (int j = 0; j < keys; ++j)
@@ -97,7 +98,9 @@ class BiasGrad {
   void sum_queries() {
     for (int j = 0; j < kBlockKeys; ++j) {
       float* row = sum_ + j * kBlockQueries;
-      row[0] = sum_of_lanes(load(row) + load(row + kLanes) + load(row + 2 * kLanes));
+      VecF sum{};
+      for (int n = 0; n < kTileVectors; ++n) sum += load(row + n * kLanes);
+      row[0] = sum_of_lanes(sum);
     }
   }
 

@@ -1,58 +1,50 @@
 // Forward: flash attention with queries in the vector lanes, one task of query blocks of a key head at a time.
 //
-// For each block of 128 keys and each query block: S^T = K·Q^T (score.h), the weights P^T by online softmax
-// (softmax.h), O^T += V^T·P^T (value.h). With queries in lanes the maximum, the sum, the rescaling and every mask are
-// operations between vectors, and K and V are read as they lie.
-//
-// Note: the running maximum is subtracted by starting the accumulators of S at −max, and is replaced only when a score
-// exceeds it by 2^16: floats lose nothing by that, and most blocks need no rescaling. Where a feature changes scores
-// ("general") they start at 0, are changed in place, and the maximum is looked for afterwards.
+// For each block of 128 keys and each query block: S^T = K·Q^T, the weights P^T by online softmax, O^T += V^T·P^T. With
+// queries in lanes the maximum, the sum, the rescaling and every mask are operations between vectors. The two products,
+// and the weights between them, belong to an engine: float_engine.h, or tile_engine.h where the processor has AMX.
 #pragma once
 
-#include "arena.h"
+#include "float_engine.h"
 #include "isa.h"
-#include "value.h"
+#if defined(FLASHCORE_AMX)
+#include "tile_engine.h"
+#endif
 
 namespace flashcore::cpu {
 namespace {
 
-constexpr float kSlack = 16.f;  // log2 of how far a score may exceed the running maximum
+#if defined(FLASHCORE_AMX)
+// Note: processors with AMX have 2 MB of L2; and to split keys costs more than to read them.
+constexpr int kTaskQueries = 1024;
+constexpr std::int64_t kTaskBytes = 1024 * 1024;
+#else
+constexpr int kTaskQueries = 16 * kBlockQueries;
+constexpr std::int64_t kTaskBytes = 256 * 1024;
+#endif
 
-/// Up to kBlockQueries queries of a head, and their running softmax.
-struct QueryBlock {
-  VecF max[kTileVectors];  // in units of log 2
-  VecF sum[kTileVectors];
-  float* q;    // (head_dim, width), scaled
-  float* out;  // (head_dim_v, width), not yet divided by the sum
-  std::int64_t head;
-  std::int64_t first;
-  detail::KeyRange keys;  // seen by any of its queries
-  int queries;
-  int vectors;
-  bool started;
-};
-
+template <class Engine>
 class Forward {
  public:
+  static std::size_t bytes(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t blocks) {
+    return plane_bytes(head_dim) + Engine::bytes(head_dim, head_dim_v) +
+           Arena::rounded(static_cast<std::size_t>(blocks) * sizeof(QueryBlock)) +
+           static_cast<std::size_t>(blocks) * (Engine::query_bytes(head_dim) + Engine::out_bytes(head_dim_v));
+  }
+
   Forward(const detail::Params& p, const ForwardTask& task, Arena arena)
       : p_(p),
         s_(task.sequence),
-        tile_(arena.take<float>(kBlockKeys * kBlockQueries)),
-        plane_(arena.take<float>(kBlockKeys * kBlockQueries)),
+        plane_(arena.take<float>(static_cast<std::int64_t>(plane_bytes(p.size.head_dim) / sizeof(float)))),
         rules_(p, s_, plane_),
-        keys_(p, p.k, s_, task.head_begin / group(), p.size.head_dim,
-              arena.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
-        values_(p, p.v, s_, task.head_begin / group(), p.size.head_dim_v,
-                arena.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)) {
-    // Note: pages may be missing, and a missing page's scores are changed.
-    general_ = rules_.changes_scores() || p.page.block_table;
+        engine_(p, s_, rules_, task.head_begin / (p.size.heads_q / p.size.heads_k), arena) {
     const std::int64_t blocks = task.block_end - task.block_begin;
     blocks_ = arena.take<QueryBlock>((task.head_end - task.head_begin) * blocks);
     for (std::int64_t head = task.head_begin; head < task.head_end; ++head)
       for (std::int64_t index = task.block_begin; index < task.block_end; ++index) {
         QueryBlock& b = blocks_[block_count_++];
-        b.q = arena.take<float>(p.size.head_dim * kBlockQueries);
-        b.out = arena.take<float>(p.size.head_dim_v * kBlockQueries);
+        b.q = arena.take<char>(static_cast<std::int64_t>(Engine::query_bytes(p.size.head_dim)));
+        b.out = arena.take<float>(static_cast<std::int64_t>(Engine::out_bytes(p.size.head_dim_v) / sizeof(float)));
         start_block(b, head, vectors_of_block(index, s_.seqlen_q));
       }
   }
@@ -63,17 +55,22 @@ class Forward {
       seen.begin = min_of(seen.begin, blocks_[n].keys.begin);
       seen.end = max_of(seen.end, blocks_[n].keys.end);
     }
-    for (std::int64_t first = seen.begin / kBlockKeys * kBlockKeys; first < seen.end; first += kBlockKeys) {
-      first_key_ = first;
-      key_count_ = static_cast<int>(min_of<std::int64_t>(kBlockKeys, seen.end - first));
-      set_prefetch(seen.end);
-      for (int n = 0; n < block_count_; ++n) attend(blocks_[n]);
+    const std::int64_t span = Engine::span_keys(p_);
+    for (std::int64_t first = seen.begin / kBlockKeys * kBlockKeys; first < seen.end; first += span) {
+      const std::int64_t end = min_of(first + span, seen.end);
+      engine_.set_keys(first, end - first, seen.end);
+      for (int n = 0; n < block_count_; ++n)
+        for (std::int64_t key = first; key < end; key += kBlockKeys)
+          attend(blocks_[n], key, min_of(key + kBlockKeys, end));
     }
     for (int n = 0; n < block_count_; ++n) finish_block(blocks_[n]);
   }
 
  private:
-  std::int64_t group() const { return p_.size.heads_q / p_.size.heads_k; }
+  /// Room for a tile of a mask or bias, or for a vector of rotated queries.
+  static std::size_t plane_bytes(std::int64_t head_dim) {
+    return Arena::rounded_floats(max_of<std::int64_t>(kBlockKeys * kBlockQueries, head_dim * kLanes));
+  }
 
   void start_block(QueryBlock& b, std::int64_t head, VectorRange range) {
     b.head = head;
@@ -82,19 +79,19 @@ class Forward {
     b.queries = static_cast<int>(min_of<std::int64_t>(b.vectors * kLanes, s_.seqlen_q - b.first));
     b.keys = rules_.keys_of(b.first, b.queries);
     b.started = false;
+    b.finite = true;
     for (int n = 0; n < b.vectors; ++n) {
       b.max[n] = broadcast(-kInfinity);
       b.sum[n] = VecF{};
     }
-    with_storage(p_.dtype, [&](auto storage) { pack_queries<decltype(storage)>(b, rules_.query_scale()); });
+    with_storage(p_.dtype, [&](auto storage) { pack_queries<decltype(storage)>(b); });
   }
 
   template <class T>
-  void pack_queries(const QueryBlock& b, float scale) {
+  void pack_queries(QueryBlock& b) {
     const T* q = static_cast<const T*>(p_.q.data) + detail::q_offset(p_.q, s_, b.head, b.first);
     const int dim = p_.size.head_dim;
-    const int width = b.vectors * kLanes;
-    if (p_.rotary.dim == 0) return pack_transposed<T>({q, p_.q.seq, b.queries, dim}, scale, b.vectors, width, b.q);
+    if (p_.rotary.dim == 0) return engine_.pack(b, Rows<T>{q, p_.q.seq, b.queries, dim}, 0, b.vectors);
     for (int n = 0; n < b.vectors; ++n) {
       const int rows = min_of(kLanes, b.queries - n * kLanes);
       for (int i = 0; i < rows; ++i)
@@ -103,97 +100,39 @@ class Forward {
           plane_[i * dim + d] =
               detail::rotated(q + (query - b.first) * p_.q.seq, d, detail::query_position(s_, query), p_.rotary);
         }
-      pack_transposed<float>({plane_, dim, rows, dim}, scale, 1, width, b.q + n * kLanes);
+      engine_.pack(b, Rows<float>{plane_, dim, rows, dim}, n, 1);
     }
   }
 
-  /// The first query block brings the next keys and values into L2 while it computes.
-  void set_prefetch(std::int64_t end) {
-    const std::int64_t next = first_key_ + kBlockKeys;
-    const bool more = next < end;
-    if (keys_.in_place() && values_.in_place()) {
-      prefetch_keys_ = more ? keys_.address(next) : nullptr;
-      prefetch_values_ = values_.address(first_key_);
-    } else {
-      prefetch_keys_ = more ? values_.address(next) : nullptr;
-      prefetch_values_ = more ? keys_.address(next) : nullptr;
-    }
-  }
-
-  void attend(QueryBlock& b) {
-    // Note: a tile starts at a multiple of 4 keys, which dropout asks for.
-    const std::int64_t begin = max_of(first_key_, b.keys.begin / 4 * 4);
-    const std::int64_t end = min_of(first_key_ + key_count_, b.keys.end);
+  void attend(QueryBlock& b, std::int64_t first_key, std::int64_t end_key) {
+    const std::int64_t begin = max_of(first_key, b.keys.begin / Engine::kKeyStep * Engine::kKeyStep);
+    const std::int64_t end = min_of(end_key, b.keys.end);
     if (begin >= end) return;
-    const ScoreTile t{tile_, b.vectors, static_cast<int>(end - begin), begin, b.first, b.queries};
+    const ScoreTile t{engine_.tile(), b.vectors, static_cast<int>(end - begin), begin, b.first, b.queries};
     const Extent extent = rules_.extent(t, b.head);
     if (extent == Extent::nothing) return;
     const bool edges = rules_.has_edges(t);
+    const bool* missing = engine_.missing(begin);
+    const bool plain = !rules_.changes_scores() && !edges && !missing;
 
-    VecF offset[kTileVectors];  // what the scores start from
-    VecF top[kTileVectors];
-    for (int n = 0; n < b.vectors; ++n) {
-      offset[n] = general_ ? VecF{} : b.max[n] > -kInfinity ? -b.max[n] : VecF{};
-      top[n] = broadcast(-kInfinity);
-    }
-    const KeyRows k = keys_.rows(first_key_, key_count_).from(begin - first_key_);
-    multiply_rows(t, k, p_.size.head_dim, b.q, offset, top, &b == blocks_ ? prefetch_values_ : nullptr);
-    if (general_) rules_.change_scores(t, b.head, extent);
-    if (keys_.missing()) drop_keys(t, keys_.missing() + (begin - first_key_));
-    if (edges) rules_.exclude_by_position(t);
-    if (general_ || edges) find_max(t, top);
-
-    bool rescale = general_ || edges || !b.started;
-    for (int n = 0; n < b.vectors && !rescale; ++n) rescale = max_of_lanes(top[n]) > kSlack;
-    VecF correction[kTileVectors];
-    if (rescale) {
-      raise_max(b, offset, top, correction);
-      exponentiate<true>(t, offset, b.sum);
+    const VecF* correction = nullptr;
+    if (plain) {
+      correction = engine_.find_plain_weights(b, t);
     } else {
-      exponentiate<false>(t, nullptr, b.sum);
+      engine_.find_scores(b, t);
+      if (rules_.changes_scores()) rules_.change_scores(t, b.head, extent);
+      if (missing) drop_keys(t, missing + (begin - first_key));
+      if (edges) rules_.exclude_by_position(t);
+      correction = engine_.find_weights(b, t);
     }
     if (p_.dropout.threshold > 0) drop_weights(t, p_.dropout, s_, b.head);
-    multiply_values(b, t, rescale ? correction : nullptr, general_ || edges || p_.dropout.threshold > 0);
-  }
-
-  /// Takes the tile's maxima into the running ones. `offset` becomes what is to be added to the scores, `correction`
-  /// what the sums so far are multiplied with.
-  void raise_max(QueryBlock& b, VecF* offset, const VecF* top, VecF* correction) {
-    for (int n = 0; n < b.vectors; ++n) {
-      const VecF max = max_of(b.max[n], top[n] - offset[n]);
-      const VecF safe = max > -kInfinity ? max : VecF{};  // −inf − −inf would be NaN
-      correction[n] = exp2(b.max[n] - safe);
-      offset[n] = -safe - offset[n];
-      b.max[n] = max;
-      b.sum[n] *= correction[n];
-    }
-  }
-
-  void multiply_values(QueryBlock& b, const ScoreTile& t, const VecF* correction, bool some_excluded) {
-    const int dim = p_.size.head_dim_v;
-    const KeyRows v = values_.rows(first_key_, key_count_).from(t.first_key - first_key_);
-    const char* prefetch = &b == blocks_ ? prefetch_keys_ : nullptr;
-    if (some_excluded && !values_.is_finite(first_key_, key_count_)) {
-      for (int d = 0; d < dim; ++d)
-        for (int n = 0; n < b.vectors; ++n) {
-          float* at = b.out + d * t.width() + n * kLanes;
-          store(at, b.started ? load(at) * (correction ? correction[n] : broadcast(1.f)) : VecF{});
-        }
-      add_values_with_weight(t, v, dim, b.out);
-    } else if (!b.started) {
-      add_values<Start::zero>(t, v, dim, b.out, nullptr, prefetch);
-    } else if (correction) {
-      add_values<Start::scaled>(t, v, dim, b.out, correction, prefetch);
-    } else {
-      add_values<Start::add>(t, v, dim, b.out, nullptr, prefetch);
-    }
+    engine_.add_values(b, t, correction, !plain || p_.dropout.threshold > 0);
     b.started = true;
   }
 
   void finish_block(QueryBlock& b) {
     VecF factor[kTileVectors];
-    const int width = b.vectors * kLanes;
-    if (!b.started) std::memset(b.out, 0, static_cast<std::size_t>(width * p_.size.head_dim_v) * sizeof(float));
+    scale_out(b, p_.size.head_dim_v, nullptr);
     const float sink = detail::head_value<float>(p_.sinks, 0, b.head, -kInfinity) * kLog2E;
     for (int n = 0; n < b.vectors; ++n) {
       factor[n] = p_.sinks.data ? join_sink(b, n, sink) : broadcast(1.f);
@@ -226,31 +165,43 @@ class Forward {
 
   const detail::Params& p_;
   const detail::Sequence s_;
-  float* const tile_;
   float* const plane_;  // the rules' own tile; before that, rotated queries
   ScoreRules rules_;
-  KeyBlocks keys_;
-  KeyBlocks values_;
-  bool general_ = false;
+  Engine engine_;
   QueryBlock* blocks_ = nullptr;
   int block_count_ = 0;
-  std::int64_t first_key_ = 0;  // of the current block of keys
-  int key_count_ = 0;
-  const char* prefetch_keys_ = nullptr;
-  const char* prefetch_values_ = nullptr;
 };
 
+template <class Engine>
+void run_forward(const detail::Params& params, const ForwardTask& task, void* scratch) {
+  Forward<Engine>(params, task, Arena(scratch)).run();
+}
+
+#if defined(FLASHCORE_AMX)
 void forward(const detail::Params& params, const ForwardTask& task, void* scratch) {
-  Forward(params, task, Arena(scratch)).run();
+  // Note: rotated queries are floats with more digits than their storage type has.
+  if (params.rotary.dim > 0) return run_forward<FloatEngine>(params, task, scratch);
+  const TileScope tiles;
+  if (params.dtype == DType::bfloat16) return run_forward<TileEngine<1>>(params, task, scratch);
+  if (params.dtype == DType::float16) return run_forward<TileEngine<2>>(params, task, scratch);
+  run_forward<TileEngine<3>>(params, task, scratch);
 }
 
 std::size_t forward_scratch(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t blocks) {
-  const auto bytes = Arena::rounded_floats;
-  return 2 * bytes(kBlockKeys * kBlockQueries) + bytes(kBlockKeys * head_dim + kLanes) +
-         bytes(kBlockKeys * head_dim_v + kLanes) +
-         Arena::rounded(static_cast<std::size_t>(blocks) * sizeof(QueryBlock)) +
-         static_cast<std::size_t>(blocks) * (bytes(head_dim * kBlockQueries) + bytes(head_dim_v * kBlockQueries));
+  std::size_t most = Forward<FloatEngine>::bytes(head_dim, head_dim_v, blocks);
+  most = max_of(most, Forward<TileEngine<1>>::bytes(head_dim, head_dim_v, blocks));
+  most = max_of(most, Forward<TileEngine<2>>::bytes(head_dim, head_dim_v, blocks));
+  return max_of(most, Forward<TileEngine<3>>::bytes(head_dim, head_dim_v, blocks));
 }
+#else
+void forward(const detail::Params& params, const ForwardTask& task, void* scratch) {
+  run_forward<FloatEngine>(params, task, scratch);
+}
+
+std::size_t forward_scratch(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t blocks) {
+  return Forward<FloatEngine>::bytes(head_dim, head_dim_v, blocks);
+}
+#endif
 
 }  // namespace
 }  // namespace flashcore::cpu

@@ -1,6 +1,12 @@
 // Chooses the instruction set that the CPU kernels run with.
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 #include <string_view>
@@ -13,6 +19,7 @@ namespace flashcore::cpu {
 extern const Isa kBaselineIsa;
 extern const Isa kAvx2Isa;
 extern const Isa kAvx512Isa;
+extern const Isa kAmxIsa;
 #elif defined(__aarch64__)
 extern const Isa kNeonIsa;
 #endif
@@ -27,10 +34,31 @@ struct Choice {
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks whether the operating system saves the registers. Every processor with AVX2 and FMA
 // has F16C.
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+
+/// Whether the processor has AMX for bfloat16 and the kernel lets this process use its registers. To ask is to be
+/// granted them.
+bool has_amx() {
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;
+  unsigned int a = 0;
+  unsigned int b = 0;
+  unsigned int c = 0;
+  unsigned int d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles_of_bfloat16 = (d >> 22 & 1) && (d >> 24 & 1);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  const bool bfloat16 = a >> 5 & 1;
+  return has_avx512() && tiles_of_bfloat16 && bfloat16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 const Choice kChoices[] = {
-    {&kAvx512Isa, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
+    {&kAmxIsa, has_amx()},
+    {&kAvx512Isa, has_avx512()},
     {&kAvx2Isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")},
     {&kBaselineIsa, true},
 };

@@ -45,8 +45,10 @@ struct BiasGradTask {
 
 struct Isa {
   const char* name;
-  int lanes;         // queries in a vector
-  int tile_vectors;  // vectors in a query block
+  int lanes;                // queries in a vector
+  int tile_vectors;         // vectors in a query block
+  int task_queries;         // of a forward task at most
+  std::int64_t task_bytes;  // of its queries and sums, as floats: they are to stay in L2 beside a block of keys
 
   void (*forward)(const detail::Params& params, const ForwardTask& task, void* scratch);
   /// Bytes of scratch for a task of `blocks` query blocks.

@@ -16,6 +16,8 @@ constexpr Isa isa_kernels(const char* name) {
       .name = name,
       .lanes = kLanes,
       .tile_vectors = kTileVectors,
+      .task_queries = kTaskQueries,
+      .task_bytes = kTaskBytes,
       .forward = forward,
       .forward_scratch = forward_scratch,
       .decode = decode,

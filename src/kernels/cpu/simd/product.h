@@ -113,7 +113,7 @@ FLASHCORE_INLINE void multiply_dense(int vectors, const Product& p) {
     multiply<1, kColumnsOfA, kStart, kMax, kLda, kLanes>(p);
   else if (vectors == 2)
     multiply<2, kColumnsOfA, kStart, kMax, kLda, 2 * kLanes>(p);
-  else
+  else if constexpr (kTileVectors >= 3)
     multiply<3, kColumnsOfA, kStart, kMax, kLda, 3 * kLanes>(p);
 }
 

@@ -38,7 +38,7 @@ FLASHCORE_INLINE void exponentiate(const ScoreTile& t, const VecF* shift, VecF* 
     exponentiate_vectors<1, kShift>(t, shift, sum);
   else if (t.vectors == 2)
     exponentiate_vectors<2, kShift>(t, shift, sum);
-  else
+  else if constexpr (kTileVectors >= 3)
     exponentiate_vectors<3, kShift>(t, shift, sum);
 }
 

@@ -29,7 +29,12 @@ constexpr int kTileRows = 8;
 constexpr int kLanes = 4;
 constexpr int kTileRows = 4;
 #endif
+#if defined(__AMX_BF16__)
+#define FLASHCORE_AMX
+constexpr int kTileVectors = 2;  // two by two tiles accumulate
+#else
 constexpr int kTileVectors = 3;
+#endif
 
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t VecI __attribute__((vector_size(kLanes * 4)));
@@ -58,7 +63,23 @@ FLASHCORE_INLINE void store(float* p, VecF v) { *reinterpret_cast<UnalignedF*>(p
 FLASHCORE_INLINE VecF broadcast(float x) { return x - VecF{}; }
 FLASHCORE_INLINE VecI broadcast(std::int32_t x) { return x - VecI{}; }
 /// b where the comparison fails, so also where a is NaN.
-FLASHCORE_INLINE VecF max_of(VecF a, VecF b) { return a > b ? a : b; }
+FLASHCORE_INLINE VecF max_of(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+FLASHCORE_INLINE bool any_lane(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#else
+  bool any = false;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) any |= mask[i] != 0;
+  return any;
+#endif
+}
 
 /// 0, 1, 2, … as integers.
 FLASHCORE_INLINE VecI lane_numbers() {

@@ -1,0 +1,166 @@
+// Floats as sums of bfloat16, in the two forms that tile products take: rows, and pairs of rows.
+#pragma once
+
+#include "pack.h"
+#include "tile_product.h"
+
+#include <type_traits>
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr std::uint32_t kUpperHalf = 0xffff0000u;
+
+/// The first of the bfloat16 that x is a sum of; x becomes the rest. Three of them hold every float if they are cut off;
+/// of two the first is rounded, which leaves less to the second.
+template <int kParts>
+FLASHCORE_INLINE VecU take_part(VecF& x) {
+  VecU bits = reinterpret_cast<VecU>(x);
+  if constexpr (kParts == 2) bits += 0x8000u;
+  const VecU part = bits & kUpperHalf;
+  x -= reinterpret_cast<VecF>(part);
+  return part;
+}
+
+/// {a, b} as dwords for each part.
+template <int kParts>
+FLASHCORE_INLINE void split_pair(VecF a, VecF b, VecU (&pairs)[kParts]) {
+#pragma GCC unroll 3
+  for (int i = 0; i < kParts; ++i) {
+    const VecU low = take_part<kParts>(a);
+    pairs[i] = (low >> 16) | take_part<kParts>(b);
+  }
+}
+
+/// The same for numbers with more digits than the parts hold: the last part is rounded.
+template <int kParts>
+FLASHCORE_INLINE void round_pair(VecF a, VecF b, VecU (&pairs)[kParts]) {
+#pragma GCC unroll 2
+  for (int i = 0; i + 1 < kParts; ++i) {
+    const VecU low = take_part<kParts>(a);
+    pairs[i] = (low >> 16) | take_part<kParts>(b);
+  }
+  const auto order =
+      reinterpret_cast<__m512i>(VecU{0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                     0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f});
+  const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+  pairs[kParts - 1] = reinterpret_cast<VecU>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)));
+}
+
+/// 32 floats as rows of bfloat16, `part` apart.
+template <int kParts>
+FLASHCORE_INLINE void store_row_parts(VecF low, VecF high, std::uint16_t* to, std::int64_t part) {
+  const auto upper_halves =
+      reinterpret_cast<__m512i>(VecU{0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d,
+                                     0x230021, 0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d});
+#pragma GCC unroll 3
+  for (int i = 0; i < kParts; ++i) {
+    const auto a = reinterpret_cast<__m512i>(take_part<kParts>(low));
+    const auto b = reinterpret_cast<__m512i>(take_part<kParts>(high));
+    _mm512_storeu_si512(to + i * part, _mm512_permutex2var_epi16(a, upper_halves, b));
+  }
+}
+
+template <class T>
+FLASHCORE_INLINE VecF load_or_zero(const T* p, int count) {
+  if (count >= kLanes) return load_floats(p);
+  return count <= 0 ? VecF{} : load_floats(p, count);
+}
+
+/// Rows of bfloat16 that fill tiles of one part as they are.
+FLASHCORE_INLINE void copy_rows(const Rows<detail::BFloat16>& source, std::uint16_t* to) {
+  const std::int64_t row_tiles = source.columns / kTileDepth * kTileHalves;
+  for (int j = 0; j < source.rows; ++j) {
+    std::uint16_t* row = to + j / kTileSide * row_tiles + j % kTileSide * kTileDepth;
+    const detail::BFloat16* from = source.data + j * source.stride;
+    for (int d = 0; d < source.columns; d += kTileDepth, row += kTileHalves)
+      _mm512_storeu_si512(row, _mm512_loadu_si512(from + d));
+  }
+}
+
+/// Rows as A: tiles [row][depth][part], filled up with zeros. Returns whether all numbers are finite.
+template <int kParts, class T>
+__attribute__((noinline)) bool split_rows(const Rows<T>& source, std::uint16_t* to) {
+  if constexpr (kParts == 1 && std::is_same_v<T, detail::BFloat16>) {
+    // Note: whether they are finite need not be known where there is one part.
+    if (source.columns % kTileDepth == 0 && source.rows % kTileSide == 0) return copy_rows(source, to), true;
+  }
+  VecF zeros{};
+  const std::int64_t row_tiles = whole_depth(source.columns) / kTileDepth * kParts * kTileHalves;
+  for (int j = 0; j < whole_tiles(source.rows); ++j) {
+    std::uint16_t* row = to + j / kTileSide * row_tiles + j % kTileSide * kTileDepth;
+    const T* from = source.data + (j < source.rows ? j : 0) * source.stride;
+    const int columns = j < source.rows ? source.columns : 0;
+    for (int d = 0; d < source.columns; d += kTileDepth, row += kParts * kTileHalves) {
+      const VecF low = load_or_zero(from + d, columns - d);
+      const VecF high = load_or_zero(from + d + kLanes, columns - d - kLanes);
+      zeros += low * 0.f + high * 0.f;
+      store_row_parts<kParts>(low, high, row, kTileHalves);
+    }
+  }
+  return sum_of_lanes(zeros) == 0.f;
+}
+
+/// Their transpose as A: rows are columns, depth is rows; `tiles` tiles lie between a row of tiles and the next.
+/// Returns whether all numbers are finite.
+template <int kParts, class T>
+__attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t tiles, std::uint16_t* to) {
+  VecF zeros{};
+  for (int j = 0; j < source.rows; j += kTileDepth)
+    for (int d = 0; d < source.columns; d += kLanes) {
+      VecF x[kParts][kLanes];
+      const int columns = source.columns - d;
+#pragma GCC unroll 1
+      for (int r = 0; r < kLanes; ++r) {
+        const int row = j + 2 * r;
+        const T* from = source.data + row * source.stride + d;
+        const VecF a = row < source.rows ? load_or_zero(from, columns) : VecF{};
+        const VecF b = row + 1 < source.rows ? load_or_zero(from + source.stride, columns) : VecF{};
+        zeros += a * 0.f + b * 0.f;
+        VecU pairs[kParts];
+        split_pair<kParts>(a, b, pairs);
+        for (int i = 0; i < kParts; ++i) x[i][r] = reinterpret_cast<VecF>(pairs[i]);
+      }
+      std::uint16_t* tile = to + (d / kTileSide * tiles + j / kTileDepth * kParts) * kTileHalves;
+      for (int i = 0; i < kParts; ++i, tile += kTileHalves) {
+        transpose(x[i]);
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) _mm512_storeu_ps(tile + r * kTileDepth, reinterpret_cast<__m512>(x[i][r]));
+      }
+    }
+  return sum_of_lanes(zeros) == 0.f;
+}
+
+/// factor · rows, transposed, as B: tiles [depth][part][column] of pairs of elements of a row, `vectors` columns.
+/// Lanes without a row are 0. Returns whether all numbers are finite.
+template <int kParts, class T>
+__attribute__((noinline)) bool pack_pairs(const Rows<T>& source, float factor, int vectors, std::uint32_t* to) {
+  VecF zeros{};
+  for (int n = 0; n < vectors; ++n)
+    for (int d = 0; d < source.columns; d += kTileDepth) {
+      VecF x[kParts][kLanes];
+#pragma GCC unroll 1
+      for (int i = 0; i < kLanes; ++i) {
+        const bool exists = n * kLanes + i < source.rows;
+        const T* from = source.data + (exists ? n * kLanes + i : 0) * source.stride + d;
+        const int columns = exists ? source.columns - d : 0;
+        const VecF low = load_or_zero(from, columns) * factor;
+        const VecF high = load_or_zero(from + kLanes, columns - kLanes) * factor;
+        zeros += low * 0.f + high * 0.f;
+        alignas(64) std::uint16_t row[kParts * kTileDepth];
+        store_row_parts<kParts>(low, high, row, kTileDepth);
+        for (int part = 0; part < kParts; ++part)
+          x[part][i] = load(reinterpret_cast<const float*>(row + part * kTileDepth));
+      }
+      for (int part = 0; part < kParts; ++part) {
+        transpose(x[part]);
+        std::uint32_t* tile = to + ((d / kTileDepth * kParts + part) * vectors + n) * kTilePairs;
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k) _mm512_storeu_ps(tile + k * kTileSide, reinterpret_cast<__m512>(x[part][k]));
+      }
+    }
+  return sum_of_lanes(zeros) == 0.f;
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

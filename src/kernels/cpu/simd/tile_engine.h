@@ -1,0 +1,418 @@
+// TileEngine: the forward's two products on AMX, with floats as sums of kParts bfloat16 (tile_product.h).
+//
+// Keys and transposed values are A, as they come; queries and weights are B, in pairs: of elements of a query, and of
+// keys. With queries in lanes a pair of weights is two vectors of the score tile put together, so nothing that grows
+// with the number of scores is ever transposed.
+#pragma once
+
+#include "arena.h"
+#include "parts.h"
+#include "query_block.h"
+#include "value.h"
+
+namespace flashcore::cpu {
+namespace {
+
+/// 2^x for x up to 127, for weights that are rounded to kParts bfloat16: to 2.7e-6, with three parts to 1.6e-7. Below
+/// 2^−126 it stays 2^−126. NaN stays NaN.
+template <int kParts>
+FLASHCORE_INLINE VecF exp2_for_parts(VecF x) {
+  constexpr float kRounder = 12582912.f;  // 1.5 · 2^23, as in exp2()
+  x = max_of(broadcast(-126.f), x);
+  const VecF shifted = x + kRounder;
+  const VecF f = x - (shifted - kRounder);
+  VecF p;
+  // Minimax polynomials on [−1/2, 1/2].
+  if constexpr (kParts < 3) {
+    p = f * 9.57010191e-3f + 5.59178603e-2f;
+    p = p * f + 2.40247448e-1f;
+    p = p * f + 6.93121815e-1f;
+    p = p * f + 9.99999261e-1f;
+  } else {
+    p = f * 1.32647273e-3f + 9.67151299e-3f;
+    p = p * f + 5.55073358e-2f;
+    p = p * f + 2.40222424e-1f;
+    p = p * f + 6.93147004e-1f;
+    p = p * f + 1.0f;
+  }
+  return reinterpret_cast<VecF>(reinterpret_cast<VecU>(p) + (reinterpret_cast<VecU>(shifted) << 23));
+}
+
+/// Some rows of scores of one vector of queries, `stride` floats apart, and where their weights go as pairs of keys.
+struct ScoreColumn {
+  const float* scores;
+  std::int64_t stride;
+  int keys;
+  std::uint32_t* pairs;
+  std::int64_t part;
+};
+
+/// The running sum of a vector of queries, and the largest exponent met.
+struct ColumnSums {
+  VecF sum;
+  VecF top;
+};
+
+template <int kParts>
+FLASHCORE_INLINE void store_pair(VecF a, VecF b, std::uint32_t* to, std::int64_t part) {
+  VecU pairs[kParts];
+  round_pair<kParts>(a, b, pairs);
+#pragma GCC unroll 3
+  for (int i = 0; i < kParts; ++i) _mm512_storeu_si512(to + i * part, reinterpret_cast<__m512i>(pairs[i]));
+}
+
+/// pairs = 2^(scores·unit − max).
+template <int kParts>
+FLASHCORE_INLINE void weigh(const ScoreColumn& c, VecF unit, VecF max, ColumnSums& sums) {
+  VecF sum = sums.sum;
+  VecF top = sums.top;
+  const float* at = c.scores;
+  std::uint32_t* to = c.pairs;
+  int j = 0;
+#pragma GCC unroll 2
+  for (; j + 2 <= c.keys; j += 2, at += 2 * c.stride, to += kLanes) {
+    const VecF x = load(at) * unit - max;
+    const VecF y = load(at + c.stride) * unit - max;
+    top = max_of(y, max_of(x, top));
+    const VecF a = exp2_for_parts<kParts>(x);
+    const VecF b = exp2_for_parts<kParts>(y);
+    sum += a + b;
+    store_pair<kParts>(a, b, to, c.part);
+  }
+  if (j < c.keys) {
+    const VecF x = load(at) * unit - max;
+    top = max_of(x, top);
+    const VecF a = exp2_for_parts<kParts>(x);
+    sum += a;
+    store_pair<kParts>(a, VecF{}, to, c.part);
+  }
+  sums = {sum, top};
+}
+
+template <int kParts>
+class TileEngine {
+ public:
+  static constexpr int kKeyStep = kTileDepth;
+
+  /// Keys and values are split once a span, which is to stay in L2 beside the queries.
+  static std::int64_t span_keys(const detail::Params& p) {
+    return p.page.block_table ? kBlockKeys : span_blocks(p.size.head_dim, p.size.head_dim_v) * kBlockKeys;
+  }
+
+  static std::size_t bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
+    const std::int64_t blocks = span_blocks(head_dim, head_dim_v);
+    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
+           Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes) +
+           Arena::rounded(static_cast<std::size_t>(2 * blocks * key_halves(head_dim))) +
+           Arena::rounded(static_cast<std::size_t>(2 * blocks * value_halves(head_dim_v))) +
+           Arena::rounded_floats(kParts * kBlockKeys / 2 * kBlockQueries) +
+           Arena::rounded_floats(head_dim * kBlockQueries);
+  }
+  static std::size_t query_bytes(std::int64_t head_dim) {
+    return Arena::rounded_floats(kParts * whole_depth(head_dim) / 2 * kBlockQueries);
+  }
+  static std::size_t out_bytes(std::int64_t head_dim_v) {
+    return Arena::rounded_floats(whole_tiles(head_dim_v) * kBlockQueries);
+  }
+
+  TileEngine(const detail::Params& p, const detail::Sequence& s, const ScoreRules& rules, std::int64_t head_k,
+             Arena& arena)
+      : p_(p),
+        s_(s),
+        head_k_(head_k),
+        unit_(__builtin_fabsf(rules.query_scale())),
+        sign_(rules.query_scale() < 0 ? -1.f : 1.f),
+        tile_(arena.take<float>(kBlockKeys * kBlockQueries)),
+        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
+        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)),
+        key_tiles_(
+            arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) * key_halves(p.size.head_dim))),
+        value_tiles_(arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) *
+                                               value_halves(p.size.head_dim_v))),
+        weights_(arena.take<std::uint32_t>(kParts * kBlockKeys / 2 * kBlockQueries)),
+        columns_(arena.take<float>(p.size.head_dim * kBlockQueries)) {}
+
+  float* tile() const { return tile_; }
+
+  template <class T>
+  void pack(QueryBlock& b, const Rows<T>& queries, int, int) {
+    b.finite = pack_pairs<kParts, T>(queries, sign_, b.vectors, static_cast<std::uint32_t*>(b.q));
+  }
+
+  void set_keys(std::int64_t first, std::int64_t count, std::int64_t) {
+    first_ = first;
+    end_ = first + count;
+    for (KeyBlock& block : blocks_) block = {};
+  }
+
+  const bool* missing(std::int64_t key) {
+    if (!p_.page.block_table) return nullptr;
+    keys_.rows(block_begin(key), block_count(key));
+    return keys_.missing();
+  }
+
+  /// The tile becomes the scores, to be changed and excluded from.
+  void find_scores(QueryBlock& b, const ScoreTile& t) {
+    if (!can_split(b, t.first_key)) return find_float_scores(b, t);
+    multiply_scores(b, t);
+    change_scores(t, [this](VecF x, int, int) { return x * unit_; });
+  }
+
+  /// The tile becomes the weights of changed scores. Returns what sums before it are multiplied with.
+  const VecF* find_weights(QueryBlock& b, const ScoreTile& t) {
+    in_pairs_ = false;
+    VecF top[kTileVectors];
+    VecF offset[kTileVectors] = {};
+    find_max(t, top);
+    raise_max(b, offset, top, correction_);
+    exponentiate<true>(t, offset, b.sum);
+    return correction_;
+  }
+
+  /// Both at once where nothing is changed or excluded. Null: sums before are multiplied with 1.
+  const VecF* find_plain_weights(QueryBlock& b, const ScoreTile& t) {
+    if (p_.dropout.threshold > 0 || !can_split(b, t.first_key) || (kParts > 1 && !values_of(t.first_key).finite)) {
+      find_scores(b, t);
+      return find_weights(b, t);
+    }
+    in_pairs_ = true;
+    ColumnSums sums[kTileVectors];
+    VecF top[kTileVectors];
+    if (b.started) {
+      multiply_and_weigh(b, t, sums);
+      for (int n = 0; n < b.vectors; ++n) top[n] = sums[n].top;
+      if (!needs_raise(b, top)) {
+        for (int n = 0; n < b.vectors; ++n) b.sum[n] = sums[n].sum;
+        return nullptr;
+      }
+    }
+    multiply_scores(b, t);
+    find_max(t, top);
+    VecI nothing{};
+    for (int n = 0; n < b.vectors; ++n) {
+      nothing |= top[n] == -kInfinity;
+      top[n] *= unit_;
+    }
+    if (any_lane(nothing)) {
+      change_scores(t, [this](VecF x, int, int) { return x * unit_; });
+      return find_weights(b, t);
+    }
+    VecF offset[kTileVectors] = {};
+    raise_max(b, offset, top, correction_);
+    start_sums(b, sums);
+    for (int j = 0; j < t.keys; j += kTileSide) weigh_rows(b, t, t.row(j), kTileSide, t.width(), j, sums);
+    for (int n = 0; n < b.vectors; ++n) b.sum[n] = sums[n].sum;
+    return correction_;
+  }
+
+  /// out = out · correction + the weighted values.
+  void add_values(QueryBlock& b, const ScoreTile& t, const VecF* correction, bool) {
+    const int dim = p_.size.head_dim_v;
+    const SplitRows values = values_of(t.first_key);
+    if (correction && b.started) scale_out(b, dim, correction);
+    if (!in_pairs_) {
+      if (!values.finite) {
+        if (!b.started) scale_out(b, dim, nullptr);
+        const KeyRows rows = values_.rows(block_begin(t.first_key), block_count(t.first_key));
+        return add_values_with_weight(t, rows.from(t.first_key - block_begin(t.first_key)), dim, b.out);
+      }
+      pair_weights(t);
+    }
+    constexpr int kDepth = kBlockKeys / kTileDepth;
+    TileProduct p;
+    p.rows = static_cast<int>(whole_tiles(dim) / kTileSide);
+    p.depth = static_cast<int>(whole_depth(t.keys) / kTileDepth);
+    p.columns = t.vectors;
+    p.a = values.tiles + (t.first_key - block_begin(t.first_key)) / kTileDepth * kParts * kTileHalves;
+    p.a_row = kDepth * kParts * kTileHalves;
+    p.b = weights_;
+    p.c = b.out;
+    p.c_row = t.width();
+    p.c_column = kTileSide;
+    if (b.started)
+      multiply<kParts, true>(p);
+    else
+      multiply<kParts, false>(p);
+  }
+
+ private:
+  static constexpr int kMostBlocks = 8;
+  static constexpr std::int64_t kSpanBytes = 384 * 1024;
+
+  /// What has been split of a block of keys.
+  struct KeyBlock {
+    bool has_keys;
+    bool has_values;
+    bool keys_finite;
+    bool values_finite;
+  };
+  struct SplitRows {
+    const std::uint16_t* tiles;
+    bool finite;
+  };
+
+  static std::int64_t key_halves(std::int64_t head_dim) { return kParts * kBlockKeys * whole_depth(head_dim); }
+  static std::int64_t value_halves(std::int64_t head_dim_v) { return kParts * kBlockKeys * whole_tiles(head_dim_v); }
+  static std::int64_t span_blocks(std::int64_t head_dim, std::int64_t head_dim_v) {
+    const std::int64_t bytes = 2 * (key_halves(head_dim) + value_halves(head_dim_v));
+    return max_of<std::int64_t>(1, min_of<std::int64_t>(kMostBlocks, kSpanBytes / bytes));
+  }
+
+  std::int64_t block_begin(std::int64_t key) const { return key / kBlockKeys * kBlockKeys; }
+  int block_count(std::int64_t key) const {
+    return static_cast<int>(min_of<std::int64_t>(kBlockKeys, end_ - block_begin(key)));
+  }
+
+  template <class Split>
+  bool split_block(const detail::TensorParams& tensor, KeyBlocks& blocks, int dim, std::int64_t key, Split&& split) {
+    const std::int64_t begin = block_begin(key);
+    const int count = block_count(key);
+    if (p_.page.block_table) {
+      const KeyRows rows = blocks.rows(begin, count);
+      return split(Rows<float>{rows.data, rows.stride, count, dim});
+    }
+    bool finite = false;
+    with_storage(p_.dtype, [&](auto storage) {
+      using T = decltype(storage);
+      const T* data = static_cast<const T*>(tensor.data) + detail::k_offset(p_, tensor, s_, head_k_, begin);
+      finite = split(Rows<T>{data, tensor.seq, count, dim});
+    });
+    return finite;
+  }
+
+  SplitRows keys_of(std::int64_t key) {
+    const std::int64_t index = (key - first_) / kBlockKeys;
+    KeyBlock& block = blocks_[index];
+    std::uint16_t* tiles = key_tiles_ + index * key_halves(p_.size.head_dim);
+    if (!block.has_keys) {
+      block.has_keys = true;
+      block.keys_finite = split_block(p_.k, keys_, p_.size.head_dim, key,
+                                      [&](const auto& rows) { return split_rows<kParts>(rows, tiles); });
+    }
+    return {tiles, block.keys_finite};
+  }
+
+  SplitRows values_of(std::int64_t key) {
+    const std::int64_t index = (key - first_) / kBlockKeys;
+    KeyBlock& block = blocks_[index];
+    std::uint16_t* tiles = value_tiles_ + index * value_halves(p_.size.head_dim_v);
+    if (!block.has_values) {
+      block.has_values = true;
+      constexpr int kTiles = kBlockKeys / kTileDepth * kParts;
+      block.values_finite = split_block(p_.v, values_, p_.size.head_dim_v, key,
+                                        [&](const auto& rows) { return split_columns<kParts>(rows, kTiles, tiles); });
+    }
+    return {tiles, block.values_finite};
+  }
+
+  /// Note: parts of an infinity are not numbers.
+  bool can_split(const QueryBlock& b, std::int64_t key) { return kParts == 1 || (b.finite && keys_of(key).finite); }
+
+  TileProduct score_product(const QueryBlock& b, const ScoreTile& t) {
+    const int depth = static_cast<int>(whole_depth(p_.size.head_dim) / kTileDepth);
+    TileProduct p;
+    p.rows = static_cast<int>(whole_tiles(t.keys) / kTileSide);
+    p.depth = depth;
+    p.columns = t.vectors;
+    p.a_row = depth * kParts * kTileHalves;
+    p.a = keys_of(t.first_key).tiles + (t.first_key - block_begin(t.first_key)) / kTileSide * p.a_row;
+    p.b = static_cast<const std::uint32_t*>(b.q);
+    p.c = t.data;
+    p.c_row = t.width();
+    p.c_column = kTileSide;
+    return p;
+  }
+
+  void multiply_scores(const QueryBlock& b, const ScoreTile& t) { multiply<kParts, false>(score_product(b, t)); }
+
+  /// Some rows of scores after the other, the products one step ahead: the processor then works on both at a time.
+  void multiply_and_weigh(QueryBlock& b, const ScoreTile& t, ColumnSums* sums) {
+    constexpr int kStep = 2 * kTileSide;
+    TileProduct p = score_product(b, t);
+    const std::uint16_t* keys = p.a;
+    p.c_row = kTileSide;
+    p.c_column = kStep * kTileSide;
+    const auto scores_of = [&](int j) { return t.data + (j / kStep & 1) * kStep * t.width(); };
+    const auto multiply_step = [&](int j) {
+      p.rows = min_of(kStep, static_cast<int>(whole_tiles(t.keys)) - j) / kTileSide;
+      p.a = keys + j / kTileSide * p.a_row;
+      p.c = scores_of(j);
+      multiply<kParts, false>(p);
+    };
+    start_sums(b, sums);
+    multiply_step(0);
+    for (int j = 0; j < t.keys; j += kStep) {
+      if (j + kStep < t.keys) multiply_step(j + kStep);
+      for (int i = 0; i < kStep && j + i < t.keys; i += kTileSide)
+        weigh_rows(b, t, scores_of(j) + i * kTileSide, p.c_column, kTileSide, j + i, sums);
+    }
+  }
+
+  void start_sums(const QueryBlock& b, ColumnSums* sums) const {
+    for (int n = 0; n < b.vectors; ++n) sums[n] = {b.sum[n], broadcast(-kInfinity)};
+  }
+
+  /// Weights of the tile's keys from `key` on, kTileSide at most; behind the last key those of nobody. Scores are
+  /// `column` floats from vector to vector and `row` from key to key.
+  void weigh_rows(const QueryBlock& b, const ScoreTile& t, const float* scores, std::int64_t column, std::int64_t row,
+                  int key, ColumnSums* sums) {
+    const int keys = min_of(kTileSide, t.keys - key);
+    for (int n = 0; n < t.vectors; ++n) {
+      const VecF max = b.max[n] > -kInfinity ? b.max[n] : VecF{};
+      const ScoreColumn c{scores + n * column, row, keys, pairs_of(t, key, n), t.vectors * kTilePairs};
+      weigh<kParts>(c, broadcast(unit_), max, sums[n]);
+    }
+    if (key + kTileSide < t.keys) return;
+    for (int j = key + (keys + 1) / 2 * 2; j < whole_depth(t.keys); j += 2)
+      for (int n = 0; n < t.vectors; ++n) store_pair<kParts>(VecF{}, VecF{}, pairs_of(t, j, n), t.vectors * kTilePairs);
+  }
+
+  /// Where the weights of a tile's key and the one behind it lie.
+  std::uint32_t* pairs_of(const ScoreTile& t, int key, int n) const {
+    return weights_ + (key / kTileDepth * kParts * t.vectors + n) * kTilePairs + key % kTileDepth / 2 * kTileSide;
+  }
+
+  void pair_weights(const ScoreTile& t) {
+    for (int j = 0; j < whole_depth(t.keys); j += 2)
+      for (int n = 0; n < t.vectors; ++n) {
+        const VecF a = j < t.keys ? load(t.row(j) + n * kLanes) : VecF{};
+        const VecF b = j + 1 < t.keys ? load(t.row(j + 1) + n * kLanes) : VecF{};
+        store_pair<kParts>(a, b, pairs_of(t, j, n), t.vectors * kTilePairs);
+      }
+  }
+
+  void find_float_scores(const QueryBlock& b, const ScoreTile& t) {
+    const int dim = p_.size.head_dim;
+    with_storage(p_.dtype, [&](auto storage) {
+      using T = decltype(storage);
+      const T* q = static_cast<const T*>(p_.q.data) + detail::q_offset(p_.q, s_, b.head, b.first);
+      pack_transposed<T>({q, p_.q.seq, b.queries, dim}, unit_ * sign_, b.vectors, t.width(), columns_);
+    });
+    const VecF zero[kTileVectors] = {};
+    VecF unused[kTileVectors] = {};
+    const std::int64_t begin = block_begin(t.first_key);
+    const KeyRows k = keys_.rows(begin, block_count(t.first_key)).from(t.first_key - begin);
+    multiply_rows(t, k, dim, columns_, zero, unused, nullptr);
+  }
+
+  const detail::Params& p_;
+  const detail::Sequence& s_;
+  const std::int64_t head_k_;
+  const float unit_;  // what scores are multiplied with to be in units of log 2, or the argument of tanh
+  const float sign_;  // queries have taken its sign
+  float* const tile_;
+  KeyBlocks keys_;  // as floats, where these are needed
+  KeyBlocks values_;
+  std::uint16_t* const key_tiles_;
+  std::uint16_t* const value_tiles_;  // transposed
+  std::uint32_t* const weights_;      // pairs of keys
+  float* const columns_;
+  std::int64_t first_ = 0;  // of the current span of keys
+  std::int64_t end_ = 0;
+  KeyBlock blocks_[kMostBlocks] = {};
+  bool in_pairs_ = false;  // whether the weights of the tile at hand are
+  VecF correction_[kTileVectors];
+};
+
+}  // namespace
+}  // namespace flashcore::cpu

@@ -1,0 +1,103 @@
+// The matrix product on AMX: C = start + A·B, where numbers are sums of `kParts` bfloat16.
+//
+// A float16 is exactly the sum of two bfloat16, a float32 of three. Of the products of parts those are taken that a
+// float32 sum can hold: part i of A with part j of B where i + j < kParts (the idea: Henry, Tang, Heinecke, "Leveraging
+// the bfloat16 artificial intelligence datatype for higher-precision computations", 2019).
+#pragma once
+
+#include "amx.h"
+#include "vec.h"
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr int kTileSide = 16;   // rows and floats a row
+constexpr int kTileDepth = 32;  // bfloat16 of A's row
+
+FLASHCORE_INLINE std::int64_t whole_tiles(std::int64_t count) {
+  return (count + kTileSide - 1) / kTileSide * kTileSide;
+}
+FLASHCORE_INLINE std::int64_t whole_depth(std::int64_t count) {
+  return (count + kTileDepth - 1) / kTileDepth * kTileDepth;
+}
+
+constexpr int kTileFloats = kTileSide * kTileSide;
+constexpr int kTilePairs = kTileFloats;              // dwords of B's tile
+constexpr int kTileHalves = kTileSide * kTileDepth;  // bfloat16 of A's
+
+/// A and B are stored tile by tile: A's as [row][depth][part], B's as [depth][part][column].
+struct TileProduct {
+  int rows;     // of tiles
+  int depth;    // in kTileDepth
+  int columns;  // of tiles, one or two
+  const std::uint16_t* a;
+  std::int64_t a_row;  // from a row of tiles to the next
+  const std::uint32_t* b;
+  float* c;
+  std::int64_t c_row;     // from row to row inside a tile
+  std::int64_t c_column;  // from tile to tile
+};
+
+// Tiles 0 to 3 accumulate, 4 and 5 hold A, 6 and 7 hold B.
+template <int kM, int kN, int kParts, bool kAdd>
+FLASHCORE_INLINE void multiply_tiles(const TileProduct& p, int row) {
+  static_assert(kM <= 2 && kN <= 2);
+  float* const c = p.c + static_cast<std::int64_t>(row) * kTileSide * p.c_row;
+  float* const next_row = c + kTileSide * p.c_row;
+  const std::int64_t c_bytes = p.c_row * 4;
+  if constexpr (kAdd) {
+    tile_load<0>(c, c_bytes);
+    if constexpr (kN > 1) tile_load<1>(c + p.c_column, c_bytes);
+    if constexpr (kM > 1) tile_load<2>(next_row, c_bytes);
+    if constexpr (kM > 1 && kN > 1) tile_load<3>(next_row + p.c_column, c_bytes);
+  } else {
+    tile_zero<0>();
+    if constexpr (kN > 1) tile_zero<1>();
+    if constexpr (kM > 1) tile_zero<2>();
+    if constexpr (kM > 1 && kN > 1) tile_zero<3>();
+  }
+  const std::uint16_t* a = p.a + row * p.a_row;
+  const std::uint32_t* b = p.b;
+  for (int k = 0; k < p.depth; ++k) {
+#pragma GCC unroll 3
+    for (int i = 0; i < kParts; ++i) {
+      tile_load<4>(a, 64);
+      if constexpr (kM > 1) tile_load<5>(a + p.a_row, 64);
+#pragma GCC unroll 3
+      for (int j = 0; j < kParts - i; ++j) {
+        const std::uint32_t* part = b + j * kN * kTilePairs;
+        tile_load<6>(part, 64);
+        tile_multiply<0, 4, 6>();
+        if constexpr (kM > 1) tile_multiply<2, 5, 6>();
+        if constexpr (kN > 1) tile_load<7>(part + kTilePairs, 64);
+        if constexpr (kN > 1) tile_multiply<1, 4, 7>();
+        if constexpr (kM > 1 && kN > 1) tile_multiply<3, 5, 7>();
+      }
+      a += kTileHalves;
+    }
+    b += kParts * kN * kTilePairs;
+  }
+  tile_store<0>(c, c_bytes);
+  if constexpr (kN > 1) tile_store<1>(c + p.c_column, c_bytes);
+  if constexpr (kM > 1) tile_store<2>(next_row, c_bytes);
+  if constexpr (kM > 1 && kN > 1) tile_store<3>(next_row + p.c_column, c_bytes);
+}
+
+template <int kN, int kParts, bool kAdd>
+__attribute__((noinline)) void multiply_tile_rows(const TileProduct& p) {
+  int row = 0;
+  for (; row + 2 <= p.rows; row += 2) multiply_tiles<2, kN, kParts, kAdd>(p, row);
+  if (row < p.rows) multiply_tiles<1, kN, kParts, kAdd>(p, row);
+}
+
+/// C = A·B, or += where kAdd.
+template <int kParts, bool kAdd>
+FLASHCORE_INLINE void multiply(const TileProduct& p) {
+  if (p.columns == 2)
+    multiply_tile_rows<2, kParts, kAdd>(p);
+  else
+    multiply_tile_rows<1, kParts, kAdd>(p);
+}
+
+}  // namespace
+}  // namespace flashcore::cpu
