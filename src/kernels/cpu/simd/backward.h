@@ -8,6 +8,9 @@
 
 #include "isa.h"
 #include "score_grads.h"
+#if defined(FLASHCORE_AMX)
+#include "tile_backward.h"
+#endif
 
 namespace flashcore::cpu {
 namespace {
@@ -43,6 +46,11 @@ FLASHCORE_INLINE void multiply_wide_rows(const ScoreTile& a, const KeyRows& b, f
 
 class Backward {
  public:
+  static std::size_t scratch_bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
+    return ScoreGrads::bytes() + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
+           Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes);
+  }
+
   Backward(const detail::Params& p, const BackwardTask& task, Arena scratch)
       : Backward(p, task, scratch, Arena(task.workspace)) {}
 
@@ -107,11 +115,12 @@ class Backward {
       pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
     widen_queries(p_.q, p_.size.head_dim, q_rows_, T{});
     widen_queries(p_.grad.dout, p_.size.head_dim_v, dout_rows_, T{});
-    if (task_.dsinks) add_sink_gradient();
+    if (task_.dsinks)
+      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, columns_.lse, columns_.delta);
     std::memset(dq_columns_, 0, static_cast<std::size_t>(queries_ * p_.size.head_dim) * sizeof(float));
     for (std::int64_t first = 0; first < s_.seqlen_k; first += kBlockKeys) {
       const int count = static_cast<int>(min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - first));
-      for (std::int64_t n = 0; n < blocks; ++n) add_block(tile_of(n), {keys_, values_, first, count});
+      for (std::int64_t n = 0; n < blocks; ++n) add_block(tile_of(n), {first, count});
     }
     for (std::int64_t n = 0; n < blocks && p_.grad.dq.data; ++n) {
       const ScoreTile t = tile_of(n);
@@ -137,18 +146,11 @@ class Backward {
     return {in_place(t, dim) ? row<float>(t, first) : rows + first * width, width};
   }
 
-  /// The sink is a score whose value is 0: its gradient is −weight · Δ.
-  void add_sink_gradient() {
-    const float sink = detail::head_value<float>(p_.sinks, 0, head_, 0.f) * kLog2E;
-    double sum = 0;
-    for (std::int64_t i = 0; i < s_.seqlen_q; ++i)
-      sum -= exp2(broadcast(sink - columns_.lse[i]))[0] * columns_.delta[i];
-    task_.dsinks[s_.batch * p_.size.heads_q + head_] = sum;
-  }
-
   /// What a span of keys and a query block give to each other.
   void add_block(const ScoreTile& block, const KeySpan& span) {
-    if (!grads_.find(block, head_, columns_of(block), span)) return;
+    if (!grads_.turn_to(block, head_, span, 4)) return;
+    const QueryColumns columns = columns_of(block);
+    grads_.find(columns.lse, columns.delta, FloatProducts(p_, columns, keys_, values_, span));
     grads_.pass_softcap();
     const ScoreTile& weights = grads_.weights();
     const ScoreTile grads = grads_.grads();
@@ -196,14 +198,54 @@ class Backward {
   std::int64_t head_ = 0;
 };
 
+#if defined(FLASHCORE_AMX)
+template <class T>
+bool rows_are_finite(const T* rows, std::int64_t stride, std::int64_t count, int dim) {
+  VecF zeros{};
+  for (std::int64_t i = 0; i < count; ++i)
+    for (int d = 0; d < dim; d += kLanes) zeros += load_floats(rows + i * stride + d, dim - d) * 0.f;
+  return sum_of_lanes(zeros) == 0.f;
+}
+
+/// Whether what a task multiplies is finite: parts of an infinity are not numbers, and 0 times it is none.
+template <class T>
+bool task_is_finite(const detail::Params& p, const BackwardTask& task, T) {
+  const detail::Sequence& s = task.sequence;
+  const auto keys_are = [&](const detail::TensorParams& t, int dim) {
+    return rows_are_finite(static_cast<const T*>(t.data) + detail::k_offset(p, t, s, task.head_k, 0), t.seq, s.seqlen_k,
+                           dim);
+  };
+  const auto queries_are = [&](const detail::TensorParams& t, std::int64_t head, int dim) {
+    return rows_are_finite(static_cast<const T*>(t.data) + detail::q_offset(t, s, head, 0), t.seq, s.seqlen_q, dim);
+  };
+  bool finite = keys_are(p.k, p.size.head_dim) && keys_are(p.v, p.size.head_dim_v);
+  const std::int64_t group = p.size.heads_q / p.size.heads_k;
+  for (std::int64_t head = task.head_k * group; finite && head < (task.head_k + 1) * group; ++head)
+    finite = queries_are(p.q, head, p.size.head_dim) && queries_are(p.grad.dout, head, p.size.head_dim_v);
+  return finite;
+}
+
+void backward(const detail::Params& params, const BackwardTask& task, void* scratch) {
+  with_storage(params.dtype, [&](auto storage) {
+    if (!task_is_finite(params, task, storage)) return Backward(params, task, Arena(scratch)).run();
+    constexpr int kParts = kPartsOf<decltype(storage)>;
+    const TileScope tiles;
+    TileBackward<kParts>(params, task, Arena(scratch), Arena(task.workspace)).run();
+  });
+}
+
+std::size_t backward_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
+  return max_of(Backward::scratch_bytes(head_dim, head_dim_v), TileBackward<3>::scratch_bytes(head_dim, head_dim_v));
+}
+#else
 void backward(const detail::Params& params, const BackwardTask& task, void* scratch) {
   Backward(params, task, Arena(scratch)).run();
 }
 
 std::size_t backward_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
-  return ScoreGrads::bytes() + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
-         Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes);
+  return Backward::scratch_bytes(head_dim, head_dim_v);
 }
+#endif
 
 }  // namespace
 }  // namespace flashcore::cpu

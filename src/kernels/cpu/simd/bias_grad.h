@@ -60,7 +60,10 @@ class BiasGrad {
       pack_query_columns<T>(p_, s, head, block, grads.rules().query_scale(), columns_);
       for (std::int64_t j = key_begin; j < key_end; j += kBlockKeys) {
         const int count = static_cast<int>(min_of<std::int64_t>(kBlockKeys, key_end - j));
-        if (grads.find(block, head, columns_, {keys, values, j, count})) add_tile(grads.grads(), j);
+        const KeySpan span{j, count};
+        if (!grads.turn_to(block, head, span, 4)) continue;
+        grads.find(columns_.lse, columns_.delta, FloatProducts(p_, columns_, keys, values, span));
+        add_tile(grads.grads(), j);
       }
     }
   }

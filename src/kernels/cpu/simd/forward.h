@@ -182,9 +182,8 @@ void forward(const detail::Params& params, const ForwardTask& task, void* scratc
   // Note: rotated queries are floats with more digits than their storage type has.
   if (params.rotary.dim > 0) return run_forward<FloatEngine>(params, task, scratch);
   const TileScope tiles;
-  if (params.dtype == DType::bfloat16) return run_forward<TileEngine<1>>(params, task, scratch);
-  if (params.dtype == DType::float16) return run_forward<TileEngine<2>>(params, task, scratch);
-  run_forward<TileEngine<3>>(params, task, scratch);
+  with_storage(params.dtype,
+               [&](auto storage) { run_forward<TileEngine<kPartsOf<decltype(storage)>>>(params, task, scratch); });
 }
 
 std::size_t forward_scratch(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t blocks) {

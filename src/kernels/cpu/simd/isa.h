@@ -68,13 +68,13 @@ struct Isa {
   std::size_t (*bias_grad_scratch)(std::int64_t head_dim, std::int64_t head_dim_v);
   int block_keys;  // of a tile of dbias; its queries are lanes · tile_vectors
 
-  /// Bytes that a backward task needs: both forms of q and dout, and the gradients as floats. Enough for every
-  /// instruction set, so that a plan holds for each.
+  /// Bytes that a backward task needs: both forms of q and dout, as floats or as up to three bfloat16 for each, and the
+  /// gradients as floats. Enough for every instruction set, so that a plan holds for each.
   static std::size_t backward_workspace(std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t head_dim,
                                         std::int64_t head_dim_v) {
-    const auto whole = [](std::int64_t x) { return (x + 15) / 16 * 16; };
+    const auto whole = [](std::int64_t x) { return (x + 31) / 32 * 32; };
     const std::int64_t dims = whole(head_dim) + whole(head_dim_v);
-    const std::int64_t floats = whole(seqlen_q) * (2 * dims + whole(head_dim) + 2) + seqlen_k * dims;
+    const std::int64_t floats = whole(seqlen_q) * (3 * dims + whole(head_dim) + 2) + whole(seqlen_k) * dims;
     return static_cast<std::size_t>(floats) * sizeof(float) + 16 * 64;
   }
 

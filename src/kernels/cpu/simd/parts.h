@@ -9,10 +9,18 @@
 namespace flashcore::cpu {
 namespace {
 
+/// How many bfloat16 hold a number of a storage type.
+template <class T>
+constexpr int kPartsOf = 3;
+template <>
+constexpr int kPartsOf<detail::Float16> = 2;
+template <>
+constexpr int kPartsOf<detail::BFloat16> = 1;
+
 constexpr std::uint32_t kUpperHalf = 0xffff0000u;
 
-/// The first of the bfloat16 that x is a sum of; x becomes the rest. Three of them hold every float if they are cut off;
-/// of two the first is rounded, which leaves less to the second.
+/// The first of the bfloat16 that x is a sum of; x becomes the rest. Three of them hold every float if they are cut
+/// off; of two the first is rounded, which leaves less to the second.
 template <int kParts>
 FLASHCORE_INLINE VecU take_part(VecF& x) {
   VecU bits = reinterpret_cast<VecU>(x);
@@ -47,14 +55,14 @@ FLASHCORE_INLINE void round_pair(VecF a, VecF b, VecU (&pairs)[kParts]) {
   pairs[kParts - 1] = reinterpret_cast<VecU>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)));
 }
 
-/// 32 floats as rows of bfloat16, `part` apart.
-template <int kParts>
-FLASHCORE_INLINE void store_row_parts(VecF low, VecF high, std::uint16_t* to, std::int64_t part) {
+/// The first kStored parts of 32 floats as rows of bfloat16, `part` apart; what is left over stays in `low`, `high`.
+template <int kParts, int kStored = kParts>
+FLASHCORE_INLINE void store_row_parts(VecF& low, VecF& high, std::uint16_t* to, std::int64_t part) {
   const auto upper_halves =
       reinterpret_cast<__m512i>(VecU{0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d,
                                      0x230021, 0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d});
 #pragma GCC unroll 3
-  for (int i = 0; i < kParts; ++i) {
+  for (int i = 0; i < kStored; ++i) {
     const auto a = reinterpret_cast<__m512i>(take_part<kParts>(low));
     const auto b = reinterpret_cast<__m512i>(take_part<kParts>(high));
     _mm512_storeu_si512(to + i * part, _mm512_permutex2var_epi16(a, upper_halves, b));
@@ -92,8 +100,8 @@ __attribute__((noinline)) bool split_rows(const Rows<T>& source, std::uint16_t* 
     const T* from = source.data + (j < source.rows ? j : 0) * source.stride;
     const int columns = j < source.rows ? source.columns : 0;
     for (int d = 0; d < source.columns; d += kTileDepth, row += kParts * kTileHalves) {
-      const VecF low = load_or_zero(from + d, columns - d);
-      const VecF high = load_or_zero(from + d + kLanes, columns - d - kLanes);
+      VecF low = load_or_zero(from + d, columns - d);
+      VecF high = load_or_zero(from + d + kLanes, columns - d - kLanes);
       zeros += low * 0.f + high * 0.f;
       store_row_parts<kParts>(low, high, row, kTileHalves);
     }
@@ -131,6 +139,34 @@ __attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t
   return sum_of_lanes(zeros) == 0.f;
 }
 
+/// 32 floats with more digits than the parts hold as rows of bfloat16, `part` apart: the last part is rounded.
+template <int kParts>
+FLASHCORE_INLINE void round_row(VecF low, VecF high, std::uint16_t* to, std::int64_t part) {
+  if constexpr (kParts > 1) {
+    store_row_parts<kParts, kParts - 1>(low, high, to, part);
+  }
+  const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+  _mm512_storeu_si512(to + (kParts - 1) * part, reinterpret_cast<__m512i>(both));
+}
+
+/// 32 rows, or fewer, as B: pairs of rows, one tile of 16 columns after the other, `column` apart; parts are `part`
+/// apart. What is missing is 0.
+template <int kParts, class T>
+__attribute__((noinline)) void pack_row_pairs(const Rows<T>& source, std::int64_t column, std::int64_t part,
+                                              std::uint32_t* to) {
+  for (int d = 0; d < source.columns; d += kTileSide, to += column)
+    for (int r = 0; r < kTileSide; ++r) {
+      const T* from = source.data + 2 * r * source.stride + d;
+      const int columns = source.columns - d;
+      const VecF a = 2 * r < source.rows ? load_or_zero(from, columns) : VecF{};
+      const VecF b = 2 * r + 1 < source.rows ? load_or_zero(from + source.stride, columns) : VecF{};
+      VecU pairs[kParts];
+      split_pair<kParts>(a, b, pairs);
+      for (int i = 0; i < kParts; ++i)
+        _mm512_storeu_si512(to + i * part + r * kTileSide, reinterpret_cast<__m512i>(pairs[i]));
+    }
+}
+
 /// factor · rows, transposed, as B: tiles [depth][part][column] of pairs of elements of a row, `vectors` columns.
 /// Lanes without a row are 0. Returns whether all numbers are finite.
 template <int kParts, class T>
@@ -144,8 +180,8 @@ __attribute__((noinline)) bool pack_pairs(const Rows<T>& source, float factor, i
         const bool exists = n * kLanes + i < source.rows;
         const T* from = source.data + (exists ? n * kLanes + i : 0) * source.stride + d;
         const int columns = exists ? source.columns - d : 0;
-        const VecF low = load_or_zero(from, columns) * factor;
-        const VecF high = load_or_zero(from + kLanes, columns - kLanes) * factor;
+        VecF low = load_or_zero(from, columns) * factor;
+        VecF high = load_or_zero(from + kLanes, columns - kLanes) * factor;
         zeros += low * 0.f + high * 0.f;
         alignas(64) std::uint16_t row[kParts * kTileDepth];
         store_row_parts<kParts>(low, high, row, kTileDepth);

@@ -32,6 +32,25 @@ RowFacts row_facts(const detail::Params& p, const detail::Sequence& s, std::int6
   return {lse * kLog2E, delta};
 }
 
+template <class T>
+void pack_row_facts(const detail::Params& p, const detail::Sequence& s, std::int64_t head, const ScoreTile& t,
+                    float* lse, float* delta) {
+  for (int i = 0; i < t.width(); ++i) {
+    const RowFacts facts = i < t.queries ? row_facts<T>(p, s, head, t.first_query + i) : RowFacts{kInfinity, 0};
+    lse[i] = facts.lse;
+    delta[i] = facts.delta;
+  }
+}
+
+/// The sink is a score whose value is 0: its gradient is the sum of −weight · Δ.
+inline double sink_gradient(const detail::Params& p, const detail::Sequence& s, std::int64_t head, const float* lse,
+                            const float* delta) {
+  const float sink = detail::head_value<float>(p.sinks, 0, head, 0.f) * kLog2E;
+  double sum = 0;
+  for (std::int64_t i = 0; i < s.seqlen_q; ++i) sum -= exp2(broadcast(sink - lse[i]))[0] * delta[i];
+  return sum;
+}
+
 /// A query block, ready for products: columns of (head_dim, width), and a number a query.
 struct QueryColumns {
   float* q;  // scaled
@@ -47,19 +66,37 @@ void pack_query_columns(const detail::Params& p, const detail::Sequence& s, std:
   const T* dout = static_cast<const T*>(p.grad.dout.data) + detail::q_offset(p.grad.dout, s, head, t.first_query);
   pack_transposed<T>({q, p.q.seq, t.queries, p.size.head_dim}, scale, t.vectors, t.width(), to.q);
   pack_transposed<T>({dout, p.grad.dout.seq, t.queries, p.size.head_dim_v}, 1.f, t.vectors, t.width(), to.dout);
-  for (int i = 0; i < t.width(); ++i) {
-    const RowFacts facts = i < t.queries ? row_facts<T>(p, s, head, t.first_query + i) : RowFacts{kInfinity, 0};
-    to.lse[i] = facts.lse;
-    to.delta[i] = facts.delta;
-  }
+  pack_row_facts<T>(p, s, head, t, to.lse, to.delta);
 }
 
-/// The keys and values that tiles are cut from.
+/// Keys [first, first + count).
 struct KeySpan {
-  KeyBlocks& keys;
-  KeyBlocks& values;
   std::int64_t first;
   int count;
+};
+
+/// The two products of a tile, in floats: each starts from a vector for every vector of queries.
+class FloatProducts {
+ public:
+  FloatProducts(const detail::Params& p, const QueryColumns& columns, KeyBlocks& keys, KeyBlocks& values,
+                const KeySpan& span)
+      : p_(p), columns_(columns), keys_(keys), values_(values), span_(span) {}
+
+  void scores(const ScoreTile& t, const VecF* start) { multiply(t, keys_, p_.size.head_dim, columns_.q, start); }
+  void grads(const ScoreTile& t, const VecF* start) { multiply(t, values_, p_.size.head_dim_v, columns_.dout, start); }
+
+ private:
+  void multiply(const ScoreTile& t, KeyBlocks& blocks, int dim, const float* columns, const VecF* start) {
+    VecF unused[kTileVectors] = {};
+    const KeyRows rows = blocks.rows(span_.first, span_.count).from(t.first_key - span_.first);
+    multiply_rows(t, rows, dim, columns, start, unused, nullptr);
+  }
+
+  const detail::Params& p_;
+  const QueryColumns& columns_;
+  KeyBlocks& keys_;
+  KeyBlocks& values_;
+  const KeySpan& span_;
 };
 
 class ScoreGrads {
@@ -76,23 +113,27 @@ class ScoreGrads {
 
   const ScoreRules& rules() const { return rules_; }
 
-  /// Finds weights() and grads() for the keys of the span that some query of `block` sees; false if there are none.
-  bool find(const ScoreTile& block, std::int64_t head, const QueryColumns& columns, const KeySpan& span) {
+  /// Turns to the keys of the span that some query of `block` sees, from a multiple of `step` on, which is one of 4;
+  /// false if there are none.
+  bool turn_to(const ScoreTile& block, std::int64_t head, const KeySpan& span, int step) {
     tile_ = block;
     tile_.data = weights_;
     const detail::KeyRange seen = rules_.keys_of(block.first_query, block.queries);
-    tile_.first_key = max_of(span.first, seen.begin / 4 * 4);  // dropout asks for a multiple of 4
+    tile_.first_key = max_of(span.first, seen.begin / step * step);
     const std::int64_t end = min_of(span.first + span.count, seen.end);
     if (tile_.first_key >= end) return false;
     tile_.keys = static_cast<int>(end - tile_.first_key);
-    const Extent extent = rules_.extent(tile_, head);
-    if (extent == Extent::nothing) return false;
-    const bool edges = rules_.has_edges(tile_);
-    some_excluded_ = edges || rules_.changes_scores();
-    const std::int64_t row = tile_.first_key - span.first;
-    find_weights(head, extent, edges, columns, span.keys.rows(span.first, span.count).from(row));
-    find_grads(head, columns, span.values.rows(span.first, span.count).from(row));
-    return true;
+    head_ = head;
+    extent_ = rules_.extent(tile_, head);
+    edges_ = rules_.has_edges(tile_);
+    return extent_ != Extent::nothing;
+  }
+
+  /// Finds weights() and grads(), where products.scores(tile, start) and products.grads(tile, start) multiply.
+  template <class Products>
+  void find(const float* lse, const float* delta, Products&& products) {
+    find_weights(lse, products);
+    find_grads(delta, products);
   }
 
   /// P^T ∘ dropout.
@@ -104,7 +145,9 @@ class ScoreGrads {
     return t;
   }
   /// Whether some weight may be 0 because a query does not see the key.
-  bool some_excluded() const { return some_excluded_; }
+  bool some_excluded() const { return edges_ || rules_.changes_scores(); }
+  /// Whether the tile's weights are plainly 2^(scores − lse).
+  bool plain() const { return !some_excluded() && p_.dropout.threshold == 0; }
 
   /// grads() become those by the product before the softcap.
   void pass_softcap() {
@@ -116,40 +159,36 @@ class ScoreGrads {
   }
 
  private:
-  void find_weights(std::int64_t head, Extent extent, bool edges, const QueryColumns& columns, const KeyRows& k) {
+  template <class Products>
+  void find_weights(const float* lse, Products& products) {
     const bool general = rules_.changes_scores();
-    VecF offset[kTileVectors];
-    VecF unused[kTileVectors];
-    for (int n = 0; n < tile_.vectors; ++n) {
-      offset[n] = general ? VecF{} : -load(columns.lse + n * kLanes);
-      unused[n] = VecF{};
-    }
-    multiply_rows(tile_, k, p_.size.head_dim, columns.q, offset, unused, nullptr);
-    if (general) rules_.change_scores(tile_, head, extent, slopes_);
-    if (edges) rules_.exclude_by_position(tile_);
+    VecF start[kTileVectors];
+    for (int n = 0; n < tile_.vectors; ++n) start[n] = general ? VecF{} : -load(lse + n * kLanes);
+    products.scores(tile_, start);
+    if (general) rules_.change_scores(tile_, head_, extent_, slopes_);
+    if (edges_) rules_.exclude_by_position(tile_);
     if (!general) return change_scores(tile_, [](VecF x, int, int) { return exp2(x); });
-    change_scores(tile_, [&](VecF x, int, int n) { return exp2(x - load(columns.lse + n * kLanes)); });
+    change_scores(tile_, [&](VecF x, int, int n) { return exp2(x - load(lse + n * kLanes)); });
   }
 
-  void find_grads(std::int64_t head, const QueryColumns& columns, const KeyRows& v) {
+  template <class Products>
+  void find_grads(const float* deltas, Products& products) {
     const ScoreTile to = grads();
     const bool drops = p_.dropout.threshold > 0;
     VecF delta[kTileVectors];
-    VecF offset[kTileVectors];
-    VecF unused[kTileVectors];
+    VecF start[kTileVectors];
     for (int n = 0; n < to.vectors; ++n) {
-      delta[n] = load(columns.delta + n * kLanes);
-      offset[n] = drops ? VecF{} : -delta[n];
-      unused[n] = VecF{};
+      delta[n] = load(deltas + n * kLanes);
+      start[n] = drops ? VecF{} : -delta[n];
     }
-    multiply_rows(to, v, p_.size.head_dim_v, columns.dout, offset, unused, nullptr);
+    products.grads(to, start);
     // Note: where a weight is 0 the value may be NaN, and does not count.
     if (!drops)
       return change_scores(to, [&](VecF x, int j, int n) {
         const VecF weight = load(tile_.row(j) + n * kLanes);
         return weight != 0.f ? weight * x : VecF{};
       });
-    for_dropout_factors(to, p_.dropout, s_, head, [&](int j, int n, VecF factor) {
+    for_dropout_factors(to, p_.dropout, s_, head_, [&](int j, int n, VecF factor) {
       float* grad = to.row(j) + n * kLanes;
       float* at = tile_.row(j) + n * kLanes;
       const VecF weight = load(at);
@@ -166,7 +205,9 @@ class ScoreGrads {
   float* const slopes_;
   ScoreRules rules_;
   ScoreTile tile_ = {};
-  bool some_excluded_ = false;
+  std::int64_t head_ = 0;
+  Extent extent_ = Extent::everything;
+  bool edges_ = false;
 };
 
 }  // namespace

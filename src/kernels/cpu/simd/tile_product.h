@@ -29,7 +29,7 @@ constexpr int kTileHalves = kTileSide * kTileDepth;  // bfloat16 of A's
 struct TileProduct {
   int rows;     // of tiles
   int depth;    // in kTileDepth
-  int columns;  // of tiles, one or two
+  int columns;  // of tiles; one or two but for multiply_add_wide
   const std::uint16_t* a;
   std::int64_t a_row;  // from a row of tiles to the next
   const std::uint32_t* b;
@@ -88,6 +88,22 @@ __attribute__((noinline)) void multiply_tile_rows(const TileProduct& p) {
   int row = 0;
   for (; row + 2 <= p.rows; row += 2) multiply_tiles<2, kN, kParts, kAdd>(p, row);
   if (row < p.rows) multiply_tiles<1, kN, kParts, kAdd>(p, row);
+}
+
+/// C += A·B for any number of columns of tiles, two after the other in B and C: `b_pair` from two to the next two.
+template <int kParts>
+__attribute__((noinline)) void multiply_add_wide(const TileProduct& p, std::int64_t b_pair) {
+  for (int row = 0; row < p.rows; row += 2) {
+    TileProduct part = p;
+    for (int column = 0; column < p.columns; column += 2, part.b += b_pair, part.c += 2 * p.c_column) {
+      const bool two = column + 2 <= p.columns;
+      if (row + 2 <= p.rows) {
+        two ? multiply_tiles<2, 2, kParts, true>(part, row) : multiply_tiles<2, 1, kParts, true>(part, row);
+      } else {
+        two ? multiply_tiles<1, 2, kParts, true>(part, row) : multiply_tiles<1, 1, kParts, true>(part, row);
+      }
+    }
+  }
 }
 
 /// C = A·B, or += where kAdd.

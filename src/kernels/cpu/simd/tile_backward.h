@@ -1,0 +1,382 @@
+// TileBackward: the backward on AMX, with floats as sums of kParts bfloat16 (tile_product.h).
+//
+// For each block of keys and each group of query blocks:
+//   S^T = K·Q^T,  dP^T = V·dO^T     keys and values as rows, queries in the lanes
+//   dQ^T += K^T·dS^T                as the forward's O^T
+//   dV += P^T·dO,  dK += dS^T·Q     a group at a time, since sums are loaded and stored once a product
+// As in the forward nothing that grows with the number of scores is transposed: P^T and dS^T are rows of A, and pairs
+// of keys of dS^T are B.
+#pragma once
+
+#include "isa.h"
+#include "score_grads.h"
+#include "tile_engine.h"
+
+namespace flashcore::cpu {
+namespace {
+
+template <int kParts>
+class TileBackward {
+ public:
+  static std::size_t scratch_bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
+    const auto halves = [](std::int64_t count) { return Arena::rounded(static_cast<std::size_t>(2 * count)); };
+    return ScoreGrads::bytes() + 2 * halves(key_halves(head_dim)) + halves(key_halves(head_dim_v)) +
+           2 * halves(kWeightHalves) + halves(kPairHalves) + 2 * Arena::rounded_floats(2 * kStepFloats);
+  }
+
+  TileBackward(const detail::Params& p, const BackwardTask& task, Arena scratch, Arena workspace)
+      : p_(p),
+        task_(task),
+        s_(task.sequence),
+        dim_(p.size.head_dim),
+        dim_v_(p.size.head_dim_v),
+        width_(whole_tiles(dim_)),
+        width_v_(whole_tiles(dim_v_)),
+        blocks_((s_.seqlen_q + kBlockQueries - 1) / kBlockQueries),
+        scale_(static_cast<float>(p.score.scale)),
+        q_pairs_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_))),
+        dout_pairs_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_v_))),
+        q_rows_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_))),
+        dout_rows_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_v_))),
+        lse_(workspace.take<float>(blocks_ * kBlockQueries)),
+        delta_(workspace.take<float>(blocks_ * kBlockQueries)),
+        dq_columns_(workspace.take<float>(blocks_ * width_ * kBlockQueries)),
+        dk_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_)),
+        dv_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_v_)),
+        grads_(p, s_, scratch),
+        key_rows_(scratch.take<std::uint16_t>(key_halves(dim_))),
+        key_columns_(scratch.take<std::uint16_t>(key_halves(dim_))),
+        value_rows_(scratch.take<std::uint16_t>(key_halves(dim_v_))),
+        weight_rows_(scratch.take<std::uint16_t>(kWeightHalves)),
+        grad_rows_(scratch.take<std::uint16_t>(kWeightHalves)),
+        grad_pairs_(scratch.take<std::uint32_t>(kPairHalves / 2)),
+        step_scores_(scratch.take<float>(2 * kStepFloats)),
+        step_grads_(scratch.take<float>(2 * kStepFloats)) {}
+
+  void run() {
+    const std::size_t keys = static_cast<std::size_t>(whole_tiles(s_.seqlen_k));
+    std::memset(dk_, 0, keys * static_cast<std::size_t>(width_) * sizeof(float));
+    std::memset(dv_, 0, keys * static_cast<std::size_t>(width_v_) * sizeof(float));
+    const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
+    with_storage(p_.dtype, [&](auto storage) {
+      using T = decltype(storage);
+      for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_) add_head<T>();
+      store_rows<T>(p_.grad.dk, dk_, width_, dim_, scale_);
+      store_rows<T>(p_.grad.dv, dv_, width_v_, dim_v_, 1.f);
+    });
+  }
+
+ private:
+  static constexpr int kGroup = 4;          // query blocks
+  static constexpr int kStep = kTileDepth;  // keys whose scores are found at a time
+  static constexpr int kStepFloats = kStep * kBlockQueries;
+  static constexpr std::int64_t kRowTiles = kGroup * kParts * kTileHalves;  // of P^T or dS^T, from 16 keys to the next
+  static constexpr std::int64_t kWeightHalves = kBlockKeys / kTileSide * kRowTiles;
+  static constexpr std::int64_t kPairHalves = kParts * kBlockKeys * kBlockQueries;
+  static_assert(kBlockQueries == kTileDepth, "a query block is one step of depth in dV and dK");
+
+  static std::int64_t key_halves(std::int64_t dim) { return kParts * kBlockKeys * whole_depth(dim); }
+  /// Dwords of a query block as B.
+  static std::int64_t pairs_of_block(std::int64_t dim) { return kParts * whole_depth(dim) / 2 * kBlockQueries; }
+
+  ScoreTile tile_of(std::int64_t block) const {
+    const std::int64_t first = block * kBlockQueries;
+    const int queries = static_cast<int>(min_of<std::int64_t>(kBlockQueries, s_.seqlen_q - first));
+    return {nullptr, kTileVectors, 0, 0, first, queries};
+  }
+
+  template <class T>
+  Rows<T> query_rows(const detail::TensorParams& t, const ScoreTile& block, int dim) const {
+    return {static_cast<const T*>(t.data) + detail::q_offset(t, s_, head_, block.first_query), t.seq, block.queries,
+            dim};
+  }
+  template <class T>
+  Rows<T> key_rows(const detail::TensorParams& t, const KeySpan& span, int dim) const {
+    return {static_cast<const T*>(t.data) + detail::k_offset(p_, t, s_, task_.head_k, span.first), t.seq, span.count,
+            dim};
+  }
+
+  template <class T>
+  void add_head() {
+    for (std::int64_t n = 0; n < blocks_; ++n) pack_block<T>(n);
+    if (task_.dsinks) task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, lse_, delta_);
+    std::memset(dq_columns_, 0, static_cast<std::size_t>(blocks_ * width_ * kBlockQueries) * sizeof(float));
+    for (std::int64_t first = 0; first < s_.seqlen_k; first += kBlockKeys) {
+      span_ = {first, static_cast<int>(min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - first))};
+      split_rows<kParts>(key_rows<T>(p_.k, span_, dim_), key_rows_);
+      split_rows<kParts>(key_rows<T>(p_.v, span_, dim_v_), value_rows_);
+      if (p_.grad.dq.data)
+        split_columns<kParts>(key_rows<T>(p_.k, span_, dim_), kBlockKeys / kTileDepth * kParts, key_columns_);
+      for (std::int64_t n = 0; n < blocks_; n += kGroup) add_group(n);
+    }
+    if (!p_.grad.dq.data) return;
+    for (std::int64_t n = 0; n < blocks_; ++n) {
+      const ScoreTile t = tile_of(n);
+      const VecF factor[kTileVectors] = {broadcast(scale_), broadcast(scale_)};
+      T* dq = static_cast<T*>(p_.grad.dq.data) + detail::q_offset(p_.grad.dq, s_, head_, t.first_query);
+      unpack_transposed<T>(dq_of(n), kTileVectors, factor, dq, p_.grad.dq.seq, t.queries, dim_);
+    }
+  }
+
+  template <class T>
+  void pack_block(std::int64_t n) {
+    const ScoreTile t = tile_of(n);
+    const auto q = query_rows<T>(p_.q, t, dim_);
+    const auto dout = query_rows<T>(p_.grad.dout, t, dim_v_);
+    pack_pairs<kParts>(q, 1.f, kTileVectors, q_pairs_ + n * pairs_of_block(dim_));
+    pack_pairs<kParts>(dout, 1.f, kTileVectors, dout_pairs_ + n * pairs_of_block(dim_v_));
+    pack_rows(q, n, q_rows_);
+    pack_rows(dout, n, dout_rows_);
+    pack_row_facts<T>(p_, s_, head_, t, lse_ + t.first_query, delta_ + t.first_query);
+  }
+
+  /// As B of dK or dV: two columns of tiles for all query blocks, then the next two.
+  template <class T>
+  void pack_rows(const Rows<T>& rows, std::int64_t block, std::uint32_t* to) {
+    for (int d = 0; d < rows.columns; d += 2 * kTileSide) {
+      const int columns = min_of(2 * kTileSide, rows.columns - d);
+      const int tiles = columns > kTileSide ? 2 : 1;
+      const Rows<T> two{rows.data + d, rows.stride, rows.rows, columns};
+      pack_row_pairs<kParts>(two, kTilePairs, tiles * kTilePairs, to + block * kParts * tiles * kTilePairs);
+      to += pair_stride();
+    }
+  }
+  /// From two columns of tiles to the next.
+  std::int64_t pair_stride() const { return blocks_ * kParts * 2 * kTilePairs; }
+
+  float* dq_of(std::int64_t block) const { return dq_columns_ + block * width_ * kBlockQueries; }
+
+  /// What the span of keys and some query blocks give to each other.
+  void add_group(std::int64_t first) {
+    const int count = static_cast<int>(min_of<std::int64_t>(kGroup, blocks_ - first));
+    int begin = kBlockKeys;  // of the span's keys that some block sees
+    int end = 0;
+    for (int n = 0; n < count; ++n) {
+      const std::int64_t block = first + n;
+      const bool sees = grads_.turn_to(tile_of(block), head_, span_, kTileDepth);
+      const ScoreTile& t = grads_.weights();
+      const int own_begin = sees ? static_cast<int>(t.first_key - span_.first) : 0;
+      const int own_end = sees ? own_begin + t.keys : 0;
+      clear_rows(n, 0, own_begin);
+      clear_rows(n, own_end, kBlockKeys);
+      if (!sees) continue;
+      begin = min_of(begin, own_begin);
+      end = max_of(end, own_end);
+      if (grads_.plain())
+        find_plain(block, n, own_begin, t.keys);
+      else
+        find_changed(block, n, own_begin, t.keys);
+      if (p_.grad.dq.data) add_dq(block, own_begin, t.keys);
+    }
+    if (begin >= end) return;
+    if (p_.grad.dv.data) add_rows(weight_rows_, first, count, begin, end, dout_rows_, dv_, width_v_);
+    if (p_.grad.dk.data) add_rows(grad_rows_, first, count, begin, end, q_rows_, dk_, width_);
+  }
+
+  /// Keys [begin, end) have no weight with query block n of the group.
+  void clear_rows(int n, int begin, int end) {
+    for (int j = begin; j < end; ++j)
+      for (int i = 0; i < kParts; ++i) {
+        _mm512_storeu_si512(row_of(weight_rows_, n, j) + i * kTileHalves, _mm512_setzero_si512());
+        _mm512_storeu_si512(row_of(grad_rows_, n, j) + i * kTileHalves, _mm512_setzero_si512());
+      }
+  }
+  static std::uint16_t* row_of(std::uint16_t* rows, int n, int key) {
+    return rows + key / kTileSide * kRowTiles + n * kParts * kTileHalves + key % kTileSide * kTileDepth;
+  }
+  /// Where the pairs of key `key`, counted from the tile's first, and the one behind it lie.
+  std::uint32_t* pairs_of(int key) const {
+    return grad_pairs_ + key / kTileDepth * kParts * 2 * kTilePairs + key % kTileDepth / 2 * kTileSide;
+  }
+
+  TileProduct product(const std::uint16_t* rows, int key, int keys, const std::uint32_t* pairs, int dim, float* to) {
+    TileProduct p;
+    p.depth = static_cast<int>(whole_depth(dim) / kTileDepth);
+    p.rows = static_cast<int>(whole_tiles(keys) / kTileSide);
+    p.columns = kTileVectors;
+    p.a_row = p.depth * kParts * kTileHalves;
+    p.a = rows + key / kTileSide * p.a_row;
+    p.b = pairs;
+    p.c = to;
+    p.c_row = kBlockQueries;
+    p.c_column = kTileSide;
+    return p;
+  }
+  void multiply_scores(std::int64_t block, int key, int keys, float* to) {
+    const std::uint32_t* q = q_pairs_ + block * pairs_of_block(dim_);
+    multiply<kParts, false>(product(key_rows_, key, keys, q, dim_, to));
+  }
+  void multiply_grads(std::int64_t block, int key, int keys, float* to) {
+    const std::uint32_t* dout = dout_pairs_ + block * pairs_of_block(dim_v_);
+    multiply<kParts, false>(product(value_rows_, key, keys, dout, dim_v_, to));
+  }
+
+  /// Weights and gradients of a tile, some keys after the other, the products one step ahead of what follows them.
+  void find_plain(std::int64_t block, int n, int begin, int keys) {
+    const auto multiply_step = [&](int j) {
+      const int count = min_of(kStep, keys - j);
+      multiply_scores(block, begin + j, count, step_scores_ + (j / kStep & 1) * kStepFloats);
+      multiply_grads(block, begin + j, count, step_grads_ + (j / kStep & 1) * kStepFloats);
+    };
+    multiply_step(0);
+    for (int j = 0; j < keys; j += kStep) {
+      if (j + kStep < keys) multiply_step(j + kStep);
+      weigh_step(block, n, begin, j, min_of(kStep, keys - j));
+    }
+  }
+
+  /// `count` keys from the tile's key `first` on.
+  void weigh_step(std::int64_t block, int n, int begin, int first, int count) {
+    const float* scores = step_scores_ + (first / kStep & 1) * kStepFloats;
+    const float* grads = step_grads_ + (first / kStep & 1) * kStepFloats;
+    const VecF unit = broadcast(grads_.rules().query_scale());
+    VecF lse[kTileVectors];
+    VecF delta[kTileVectors];
+    for (int i = 0; i < kTileVectors; ++i) {
+      lse[i] = load(lse_ + block * kBlockQueries + i * kLanes);
+      delta[i] = load(delta_ + block * kBlockQueries + i * kLanes);
+    }
+    std::uint32_t* pairs = pairs_of(first);
+    for (int j = 0; j < kStep; j += 2, pairs += kTileSide) {
+      VecF weight[2][kTileVectors] = {};
+      VecF grad[2][kTileVectors] = {};
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k)
+        if (j + k < count) {
+#pragma GCC unroll 2
+          for (int i = 0; i < kTileVectors; ++i) {
+            const std::int64_t at = (j + k) * kBlockQueries + i * kLanes;
+            weight[k][i] = exp2_for_parts<kParts>(load(scores + at) * unit - lse[i]);
+            grad[k][i] = weight[k][i] * (load(grads + at) - delta[i]);
+          }
+        }
+      store_weights(n, begin + first + j, weight, grad, pairs, j + 1 < count ? 2 : count - j);
+    }
+  }
+
+  /// Two keys' weights and gradients in the forms that products take, of which `rows` are rows.
+  void store_weights(int n, int key, VecF (&weight)[2][kTileVectors], VecF (&grad)[2][kTileVectors],
+                     std::uint32_t* pairs, int rows) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kTileVectors; ++i)
+      store_pair<kParts>(grad[0][i], grad[1][i], pairs + i * kTilePairs, 2 * kTilePairs);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k)
+      if (k < rows) {
+        round_row<kParts>(weight[k][0], weight[k][1], row_of(weight_rows_, n, key + k), kTileHalves);
+        round_row<kParts>(grad[k][0], grad[k][1], row_of(grad_rows_, n, key + k), kTileHalves);
+      }
+  }
+
+  /// The same where scores are changed, excluded or dropped.
+  void find_changed(std::int64_t block, int n, int begin, int keys) {
+    struct Products {
+      TileBackward& self;
+      std::int64_t block;
+      int begin;
+      void scores(const ScoreTile& t, const VecF* start) {
+        self.multiply_scores(block, begin, t.keys, t.data);
+        const float unit = self.grads_.rules().query_scale();
+        change_scores(t, [&](VecF x, int, int i) { return x * unit + start[i]; });
+      }
+      void grads(const ScoreTile& t, const VecF* start) {
+        self.multiply_grads(block, begin, t.keys, t.data);
+        change_scores(t, [&](VecF x, int, int i) { return x + start[i]; });
+      }
+    };
+    const std::int64_t query = block * kBlockQueries;
+    grads_.find(lse_ + query, delta_ + query, Products{*this, block, begin});
+    grads_.pass_softcap();
+    const ScoreTile& weights = grads_.weights();
+    const ScoreTile grads = grads_.grads();
+    for (int j = 0; j < whole_depth(keys); j += 2) {
+      VecF weight[2][kTileVectors] = {};
+      VecF grad[2][kTileVectors] = {};
+      for (int k = 0; k < 2 && j + k < keys; ++k)
+        for (int i = 0; i < kTileVectors; ++i) {
+          weight[k][i] = load(weights.row(j + k) + i * kLanes);
+          grad[k][i] = load(grads.row(j + k) + i * kLanes);
+        }
+      store_weights(n, begin + j, weight, grad, pairs_of(j), min_of(2, keys - j));
+    }
+  }
+
+  void add_dq(std::int64_t block, int begin, int keys) {
+    TileProduct p;
+    p.rows = static_cast<int>(width_ / kTileSide);
+    p.depth = static_cast<int>(whole_depth(keys) / kTileDepth);
+    p.columns = kTileVectors;
+    p.a_row = kBlockKeys / kTileDepth * kParts * kTileHalves;
+    p.a = key_columns_ + begin / kTileDepth * kParts * kTileHalves;
+    p.b = grad_pairs_;
+    p.c = dq_of(block);
+    p.c_row = kBlockQueries;
+    p.c_column = kTileSide;
+    multiply<kParts, true>(p);
+  }
+
+  /// to += rows · queries, for the span's keys [begin, end) and a group of query blocks.
+  void add_rows(const std::uint16_t* rows, std::int64_t first, int count, int begin, int end,
+                const std::uint32_t* queries, float* to, std::int64_t width) {
+    TileProduct p;
+    p.rows = static_cast<int>(whole_tiles(end - begin) / kTileSide);
+    p.depth = count;
+    p.columns = static_cast<int>(width / kTileSide);
+    p.a_row = kRowTiles;
+    p.a = rows + begin / kTileSide * kRowTiles;
+    p.b = queries + first * kParts * 2 * kTilePairs;
+    p.c = to + (span_.first + begin) * width;
+    p.c_row = width;
+    p.c_column = kTileSide;
+    const std::int64_t single = p.columns % 2;  // the last of an odd number of columns lies closer
+    p.columns -= static_cast<int>(single);
+    multiply_add_wide<kParts>(p, pair_stride());
+    if (single == 0) return;
+    p.b = queries + p.columns / 2 * pair_stride() + first * kParts * kTilePairs;
+    p.c += p.columns * kTileSide;
+    p.columns = 1;
+    multiply_add_wide<kParts>(p, 0);
+  }
+
+  template <class T>
+  void store_rows(const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
+    if (!target.data) return;
+    for (std::int64_t j = 0; j < s_.seqlen_k; ++j) {
+      T* to = static_cast<T*>(target.data) + detail::k_offset(p_, target, s_, task_.head_k, j);
+      for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + j * width + d) * factor, dim - d);
+    }
+  }
+
+  const detail::Params& p_;
+  const BackwardTask& task_;
+  const detail::Sequence& s_;
+  const int dim_;
+  const int dim_v_;
+  const std::int64_t width_;  // of rows of dk, in whole tiles
+  const std::int64_t width_v_;
+  const std::int64_t blocks_;  // of queries
+  const float scale_;
+  std::uint32_t* const q_pairs_;
+  std::uint32_t* const dout_pairs_;
+  std::uint32_t* const q_rows_;  // pairs of queries
+  std::uint32_t* const dout_rows_;
+  float* const lse_;
+  float* const delta_;
+  float* const dq_columns_;  // (width_, kBlockQueries) for each block
+  float* const dk_;          // (seqlen_k, width_)
+  float* const dv_;
+  ScoreGrads grads_;
+  std::uint16_t* const key_rows_;
+  std::uint16_t* const key_columns_;
+  std::uint16_t* const value_rows_;
+  std::uint16_t* const weight_rows_;  // P^T: keys by the queries of a group
+  std::uint16_t* const grad_rows_;    // dS^T
+  std::uint32_t* const grad_pairs_;   // dS^T of one block, pairs of keys
+  float* const step_scores_;
+  float* const step_grads_;
+  KeySpan span_ = {};
+  std::int64_t head_ = 0;
+};
+
+}  // namespace
+}  // namespace flashcore::cpu
