@@ -55,17 +55,17 @@ TEST_P(EachIsa, TakesSizesThatFillNoTile) {
 }
 
 TEST_P(EachIsa, SkipsAndMasksWholeAndPartialBlocks) {
-  for (
-      const char* line : {
-          "fwd fp32 b1 q300 k300 h1 d16 window20,10 lse",
-          "fwd fp16 b1 q60 k500 h2/1 d64 causal_br window130,* lse",
-          "fwd fp32 b1 q47 k600 h1 d64 causal_br window343,* lse",  // the last query sees nothing of a tile, all of the next
-          "fwd bf16 b1 q290 k150 h1 d32 causal_br mask lse",
-          "fwd fp32 b2 q70 k140 h2 d16 causal_tl bias mask alibi softcap3 dropout0.3 seed5 lse",
-          "fwd fp16 b3 q150 k200 h4/2 d24/40 varlen170/333 causal_br bias lse",
-          "decode bf16 b2 q3 k336 h8/2 d64 page48 append3 rotary32 causal lse",
-          "decode fp32 b2 q1 k300 h4/1 d128 append1 lse",
-      })
+  for (const char* line : {
+           "fwd fp32 b1 q300 k300 h1 d16 window20,10 lse",
+           "fwd fp16 b1 q60 k500 h2/1 d64 causal_br window130,* lse",
+           // The last query sees nothing of a tile, and all of the next.
+           "fwd fp32 b1 q47 k600 h1 d64 causal_br window343,* lse",
+           "fwd bf16 b1 q290 k150 h1 d32 causal_br mask lse",
+           "fwd fp32 b2 q70 k140 h2 d16 causal_tl bias mask alibi softcap3 dropout0.3 seed5 lse",
+           "fwd fp16 b3 q150 k200 h4/2 d24/40 varlen170/333 causal_br bias lse",
+           "decode bf16 b2 q3 k336 h8/2 d64 page48 append3 rotary32 causal lse",
+           "decode fp32 b2 q1 k300 h4/1 d128 append1 lse",
+       })
     check(line);
 }
 
