@@ -6,6 +6,8 @@
 // keys and leaves partial results; merge_spans joins them in the order of the keys.
 #pragma once
 
+#include <type_traits>
+
 #include "arena.h"
 #include "isa.h"
 #include "keys.h"
@@ -16,6 +18,7 @@ namespace {
 
 constexpr int kDecodeKeys = 64;  // of a tile
 constexpr int kMaxGroup = 4;     // queries that share a pass over the keys
+constexpr int kAhead = 8;        // rows that are fetched ahead
 
 FLASHCORE_INLINE std::int64_t padded(std::int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 FLASHCORE_INLINE std::int64_t padded_rows(std::int64_t rows) { return (rows + kMaxGroup - 1) / kMaxGroup * kMaxGroup; }
@@ -25,11 +28,32 @@ FLASHCORE_INLINE std::int64_t vector_offset(std::int64_t n, std::int64_t dim) {
   return min_of<std::int64_t>(n * kLanes, dim - kLanes);
 }
 
+/// Whether rows of `dim` elements are read two vectors at a time, elements with even indices before those with odd ones:
+/// a dword of two bfloat16 becomes both of them as floats in one operation each.
+template <class T>
+FLASHCORE_INLINE bool in_pairs(std::int64_t dim) {
+  return std::is_same_v<T, detail::BFloat16> && dim % (2 * kLanes) == 0;
+}
+
+/// The even and the odd elements of two vectors.
+FLASHCORE_INLINE void load_pair(const detail::BFloat16* p, VecF& even, VecF& odd) {
+  const VecU words = reinterpret_cast<VecU>(load(reinterpret_cast<const float*>(p)));
+  even = reinterpret_cast<VecF>(words << 16);
+  odd = reinterpret_cast<VecF>(words & 0xffff0000u);
+}
+FLASHCORE_INLINE void store_pair(detail::BFloat16* p, VecF even, VecF odd) {
+  const VecU low = __builtin_convertvector(narrow(even, detail::BFloat16{}), VecU);
+  const VecU high = __builtin_convertvector(narrow(odd, detail::BFloat16{}), VecU);
+  store(reinterpret_cast<float*>(p), reinterpret_cast<VecF>(low | (high << 16)));
+}
+template <class T>
+FLASHCORE_INLINE void load_pair(const T*, VecF&, VecF&) {}  // never called
+
 /// One span's results for the queries of a key head: in units of log 2, and not yet divided by the sum.
 struct Span {
   float* max;
   float* sum;
-  float* out;  // (rows, padded(head_dim_v)), vector n holding elements from vector_offset(n) on
+  float* out;  // (rows, padded(head_dim_v)), vector n holding elements from vector_offset(n) on, or vectors in_pairs
 
   Span(float* memory, std::int64_t rows) : max(memory), sum(max + padded_rows(rows)), out(sum + padded_rows(rows)) {}
 };
@@ -58,7 +82,7 @@ FLASHCORE_INLINE VecF sum_of_query(VecF v) {
 }
 
 /// tile = the products of R queries with kLanes / R keys at a time.
-template <class T, int R>
+template <class T, int R, bool kPairs>
 __attribute__((noinline)) void score_keys(const T* k, std::int64_t stride, int count, const float* q, int dim,
                                           float* tile) {
   constexpr int kKeys = kLanes / R;
@@ -68,16 +92,27 @@ __attribute__((noinline)) void score_keys(const T* k, std::int64_t stride, int c
     const T* first = k + j * stride;
     const int last = min_of(kKeys, count - j) - 1;
     VecF x[kLanes] = {};
-    for (std::int64_t d = 0; d < width; d += kLanes) {
-      const std::int64_t offset = min_of<std::int64_t>(d, dim - kLanes);
-      VecF query[R];
+    constexpr int kVectors = kPairs ? 2 : 1;
+    for (std::int64_t d = 0; d < width; d += kVectors * kLanes) {
+      const std::int64_t offset = kPairs ? d : min_of<std::int64_t>(d, dim - kLanes);
+      VecF query[R][kVectors];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) query[r] = load(q + r * width + d);
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) query[r][n] = load(q + r * width + d + n * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
-        const VecF key = load_floats(first + min_of(i, last) * stride + offset);
+        const T* at = first + min_of(i, last) * stride + offset;
+        __builtin_prefetch(at + kAhead * stride, 0, 3);
+        VecF key[kVectors];
+        if constexpr (kPairs)
+          load_pair(at, key[0], key[1]);
+        else
+          key[0] = load_floats(at);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) x[i * R + r] += key * query[r];
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int n = 0; n < kVectors; ++n) x[i * R + r] += key[n] * query[r][n];
       }
     }
     transpose(x);
@@ -90,7 +125,7 @@ __attribute__((noinline)) void score_keys(const T* k, std::int64_t stride, int c
 
 /// kVectors vectors of the R sums: sum = sum · correction + Σ weight · value. kSelect: a value whose weight is 0 is not
 /// multiplied, so that NaN and Inf may stand where a query does not look.
-template <class T, int R, int kVectors, bool kSelect>
+template <class T, int R, int kVectors, bool kPairs, bool kSelect>
 FLASHCORE_INLINE void add_value_vectors(const T* v, std::int64_t stride, int count, const float* weights,
                                         const float* correction, float* out, std::int64_t width) {
   VecF sum[R][kVectors];
@@ -101,7 +136,13 @@ FLASHCORE_INLINE void add_value_vectors(const T* v, std::int64_t stride, int cou
   for (int j = 0; j < count; ++j, v += stride) {
     VecF value[kVectors];
 #pragma GCC unroll 16
-    for (int n = 0; n < kVectors; ++n) value[n] = load_floats(v + n * kLanes);
+    for (int n = 0; n < kVectors; ++n) {
+      const T* at = v + n * kLanes;
+      __builtin_prefetch(at + kAhead * stride, 0, 3);
+      if constexpr (!kPairs) value[n] = load_floats(at);
+      if constexpr (kPairs)
+        if (n % 2 == 0) load_pair(at, value[n], value[n + 1]);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const VecF weight = broadcast(weights[j * R + r]);
@@ -116,17 +157,18 @@ FLASHCORE_INLINE void add_value_vectors(const T* v, std::int64_t stride, int cou
     for (int n = 0; n < kVectors; ++n) store(out + r * width + n * kLanes, sum[r][n]);
 }
 
-template <class T, int R, bool kSelect>
+template <class T, int R, bool kPairs, bool kSelect>
 __attribute__((noinline)) void add_values_of(const T* v, std::int64_t stride, int count, int dim, const float* weights,
                                              const float* correction, float* out) {
   constexpr int kVectors = (kLanes == 16 ? 16 : 8) / R;  // accumulators that the registers hold
+  constexpr int kLeast = kPairs ? 2 : 1;
   const std::int64_t width = padded(dim);
   std::int64_t d = 0;
   for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes)
-    add_value_vectors<T, R, kVectors, kSelect>(v + d, stride, count, weights, correction, out + d, width);
-  for (; d < dim; d += kLanes)
-    add_value_vectors<T, R, 1, kSelect>(v + vector_offset(d / kLanes, dim), stride, count, weights, correction, out + d,
-                                        width);
+    add_value_vectors<T, R, kVectors, kPairs, kSelect>(v + d, stride, count, weights, correction, out + d, width);
+  for (; d < dim; d += kLeast * kLanes)
+    add_value_vectors<T, R, kLeast, kPairs, kSelect>(v + (kPairs ? d : vector_offset(d / kLanes, dim)), stride, count,
+                                                     weights, correction, out + d, width);
 }
 
 class Decode {
@@ -207,7 +249,9 @@ class Decode {
       const T* q = static_cast<const T*>(p_.q.data) + detail::q_offset(p_.q, s_, at.head, at.i);
       const std::int64_t position = detail::query_position(s_, at.i);
       for (int d = 0; d < dim; ++d) {
-        const std::int64_t slot = d < width - kLanes ? d : width - kLanes + d - last;
+        const std::int64_t slot = in_pairs<T>(dim)     ? d - d % (2 * kLanes) + d % 2 * kLanes + d % (2 * kLanes) / 2
+                                  : d < width - kLanes ? d
+                                                       : width - kLanes + d - last;
         target[slot] = scale * detail::rotated(q, d, position, p_.rotary);
       }
     }
@@ -241,15 +285,29 @@ class Decode {
 
   template <class T, int R>
   void attend_group(std::int64_t row, const Block<T>& k, const Block<T>& v) {
-    score_keys<T, R>(k.data, k.stride, count_, queries_ + row * padded(p_.size.head_dim), p_.size.head_dim, tile_);
+    constexpr bool kMayPair = std::is_same_v<T, detail::BFloat16>;
+    const float* q = queries_ + row * padded(p_.size.head_dim);
+    if (in_pairs<T>(p_.size.head_dim))
+      score_keys<T, R, kMayPair>(k.data, k.stride, count_, q, p_.size.head_dim, tile_);
+    else
+      score_keys<T, R, false>(k.data, k.stride, count_, q, p_.size.head_dim, tile_);
     const bool excluded = change_scores_of<R>(row);
     float correction[R];
     exponentiate_group<R>(row, correction);
-    float* out = span_.out + row * padded(p_.size.head_dim_v);
-    if (excluded)
-      add_values_of<T, R, true>(v.data, v.stride, count_, p_.size.head_dim_v, tile_, correction, out);
+    if (in_pairs<T>(p_.size.head_dim_v))
+      add_values<T, R, kMayPair>(row, v, correction, excluded);
     else
-      add_values_of<T, R, false>(v.data, v.stride, count_, p_.size.head_dim_v, tile_, correction, out);
+      add_values<T, R, false>(row, v, correction, excluded);
+  }
+
+  template <class T, int R, bool kPairs>
+  void add_values(std::int64_t row, const Block<T>& v, const float* correction, bool excluded) {
+    const int dim = p_.size.head_dim_v;
+    float* out = span_.out + row * padded(dim);
+    if (excluded)
+      add_values_of<T, R, kPairs, true>(v.data, v.stride, count_, dim, tile_, correction, out);
+    else
+      add_values_of<T, R, kPairs, false>(v.data, v.stride, count_, dim, tile_, correction, out);
   }
 
   /// Everything between the product and the softmax. Returns whether some score may have become −inf.
@@ -405,13 +463,23 @@ void merge_spans(const detail::Params& p, const detail::Sequence& s, std::int64_
     with_storage(p.dtype, [&](auto storage) {
       using T = decltype(storage);
       T* out = static_cast<T*>(p.out.data) + detail::q_offset(p.out, s, head, i);
-      for (std::int64_t v = 0; v < width / kLanes; ++v) {
-        VecF total{};
+      const auto total = [&](std::int64_t v) {
+        VecF all{};
         for (std::int64_t n = 0; n < spans; ++n) {
           const Span span(partials + n * step, rows);
-          total += span.max[row] * load(span.out + row * width + v * kLanes);
+          all += span.max[row] * load(span.out + row * width + v * kLanes);
         }
-        store_floats(out + vector_offset(v, dim), total * inverse);
+        return all * inverse;
+      };
+      for (std::int64_t v = 0; v < width / kLanes; ++v) {
+        if constexpr (std::is_same_v<T, detail::BFloat16>) {
+          if (in_pairs<T>(dim)) {
+            store_pair(out + v * kLanes, total(v), total(v + 1));
+            ++v;
+            continue;
+          }
+        }
+        store_floats(out + vector_offset(v, dim), total(v));
       }
     });
     if (p.lse.data)
