@@ -3,7 +3,11 @@
 # Note: never -ffast-math. It breaks the tests for infinity, and GCC before 13 would flush subnormals process-wide.
 # Always -O3, also in a debug build: unoptimised, these kernels are a hundred times slower. Sanitizers are content with
 # -O1; with -O3 they would compile for minutes.
-set(_common $<IF:$<BOOL:${FLASHCORE_SANITIZE}>,-O1,-O3> -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi)
+set(_common -O3)
+if(FLASHCORE_SANITIZE)
+  set(_common -O1)
+endif()
+list(APPEND _common -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND _common -fno-tree-vectorize)  # what is to be a vector is written as one
 else()

@@ -1,11 +1,25 @@
 # GoogleTest, the testing variant of the library, and how tests are found and labelled.
-find_package(GTest QUIET)
-set(FLASHCORE_HAVE_GTEST ${GTest_FOUND})
-if(NOT GTest_FOUND)
+set(FLASHCORE_GTEST_SOURCE "" CACHE PATH "A source tree of GoogleTest to build. Empty: the one that is installed")
+
+function(_flashcore_build_gtest)
+  set(BUILD_SHARED_LIBS OFF)
+  set(BUILD_GMOCK OFF)
+  set(INSTALL_GTEST OFF)
+  add_subdirectory(${FLASHCORE_GTEST_SOURCE} googletest EXCLUDE_FROM_ALL SYSTEM)
+endfunction()
+
+if(FLASHCORE_GTEST_SOURCE)
+  _flashcore_build_gtest()
+else()
+  find_package(GTest QUIET)
+endif()
+set(FLASHCORE_HAVE_GTEST OFF)
+if(NOT TARGET GTest::gtest)
   message(WARNING "flashcore: GoogleTest was not found, so the C++ tests are left out. "
     "Install it (Debian: apt install libgtest-dev) or set GTest_ROOT; -DFLASHCORE_TESTS=OFF silences this.")
   return()
 endif()
+set(FLASHCORE_HAVE_GTEST ON)
 include(GoogleTest)
 
 # The objects of the library again, in an archive: tests reach private functions, which the shared library hides, and
@@ -56,4 +70,12 @@ function(flashcore_add_install_test)
       --test-command consumer)
   set_tests_properties(install.prefix PROPERTIES FIXTURES_SETUP flashcore_prefix TIMEOUT 120)
   set_tests_properties(install.consumer PROPERTIES FIXTURES_REQUIRED flashcore_prefix TIMEOUT 300)
+endfunction()
+
+# What is compiled for one instruction set stays in its own object file.
+function(flashcore_add_symbols_test)
+  set(objects $<FILTER:$<TARGET_OBJECTS:flashcore>,INCLUDE,/isa_[a-z0-9]+\\.>)
+  add_test(NAME cpu.instruction_sets_share_no_function
+    COMMAND ${CMAKE_COMMAND} -D NM=${CMAKE_NM} -D "OBJECTS=$<JOIN:${objects},|>"
+      -P ${PROJECT_SOURCE_DIR}/cmake/CheckNoSharedSymbols.cmake)
 endfunction()

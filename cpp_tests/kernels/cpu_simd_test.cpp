@@ -12,6 +12,7 @@
 namespace flashcore::testing {
 namespace {
 
+/// Those of this processor, the best last.
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const char* name : {"baseline", "avx2", "avx512", "amx", "neon"}) {
@@ -83,11 +84,16 @@ TEST_P(EachIsa, FindsGradientsAtTheEdgesOfTiles) {
     check(line);
 }
 
-// Whatever the numbers of threads and so the cut into tasks, each query's arithmetic is the same.
+// Whatever the numbers of threads and so the cut into tasks, the arithmetic of each result is the same.
 TEST_P(EachIsa, GivesTheSameBitsForAnyNumberOfThreads) {
   const Environment wanted("FLASHCORE_CPU_ISA", GetParam().c_str());
   const int before = num_threads();
-  for (const char* line : {"fwd fp16 b2 q500 k400 h6/2 d64 causal_br lse", "fwd fp32 b1 q1000 k200 h1 d32 alibi lse"}) {
+  for (const char* line : {
+           "fwd fp16 b2 q500 k400 h6/2 d64 causal_br lse",
+           "fwd fp32 b1 q1000 k200 h1 d32 alibi lse",
+           "decode bf16 b2 q1 k2000 h8/4 d64 lse",
+           "bwd fp32 b2 q100 k120 h4/2 d32 causal_br bias sinks dbias dsinks",
+       }) {
     std::vector<std::vector<unsigned char>> bits;
     for (const int threads : {1, 2, 5}) {
       set_num_threads(threads);
@@ -174,6 +180,8 @@ TEST_P(EachIsa, AgreesWithTheOracleOnRandomGradients) {
 
 INSTANTIATE_TEST_SUITE_P(CpuSimd, EachIsa, ::testing::ValuesIn(instruction_sets()),
                          [](const auto& info) { return info.param; });
+
+TEST(CpuSimd, ChoosesTheBestInstructionSetThatIsThere) { EXPECT_EQ(cpu::chosen_isa().name, instruction_sets().back()); }
 
 TEST(CpuSimd, RefusesAnInstructionSetThatIsNotThere) {
   const Environment wanted("FLASHCORE_CPU_ISA", "mmx");
