@@ -94,7 +94,8 @@ void use_resource(nb::object allocate, nb::object deallocate, bool cuda, int ind
 }  // namespace
 
 void bind_primitives(nb::module_& m) {
-  m.def("vector_add", &add, nb::arg("bridge"), nb::arg("a"), nb::arg("b"), nb::arg("out"), nb::arg("stream").none());
+  m.def("vector_add", &add, nb::arg("bridge"), nb::arg("a"), nb::arg("b").none(), nb::arg("out"),
+        nb::arg("stream").none());
   m.def("reduce", &reduce_array, nb::arg("bridge"), nb::arg("x"), nb::arg("out"), nb::arg("op"), nb::arg("axis").none(),
         nb::arg("stream").none());
 }
