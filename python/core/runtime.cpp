@@ -144,6 +144,12 @@ void bind_device(nb::module_& m) {
   m.def("built_with_cuda", &built_with_cuda);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, nb::arg("threads"));
+  m.def(
+      "use_openmp_threads",
+      [] {
+        if (const Executor openmp = openmp_executor()) set_executor(openmp);
+      },
+      "Runs on the threads of the OpenMP runtime that the process has loaded, if there is one.");
 }
 
 }  // namespace flashcore::python
