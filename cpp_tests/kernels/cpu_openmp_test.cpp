@@ -114,6 +114,7 @@ TEST_F(CpuOpenmp, RunsNestedWorkOnTheThreadThatAsks) {
 TEST_F(CpuOpenmp, ServesASecondCallerOnItsOwnThread) {
   std::atomic<bool> started{false}, done{false};
   std::thread first([&] {
+    limit_threads(8);  // each thread has its own limit
     cpu::parallel_for(2, 2, [&](std::int64_t) {
       for (started = true; !done;) std::this_thread::yield();
     });
