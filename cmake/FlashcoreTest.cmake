@@ -35,6 +35,7 @@ function(flashcore_add_testing_library)
   set_target_properties(flashcore_testing PROPERTIES LINKER_LANGUAGE CXX)
   target_include_directories(flashcore_testing PUBLIC ${PROJECT_SOURCE_DIR}/include)
   target_compile_features(flashcore_testing PUBLIC cxx_std_20)
+  target_link_libraries(flashcore_testing PUBLIC ${CMAKE_DL_LIBS})
   target_compile_definitions(flashcore_testing PUBLIC
     $<TARGET_PROPERTY:flashcore,INTERFACE_COMPILE_DEFINITIONS>)
   if(FLASHCORE_HAVE_CUDA)

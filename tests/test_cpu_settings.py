@@ -1,4 +1,4 @@
-"""FLASHCORE_CPU_ISA and FLASHCORE_NUM_THREADS: every instruction set is right, and threads change no bit."""
+"""FLASHCORE_CPU_ISA, FLASHCORE_NUM_THREADS, FLASHCORE_THREADS: instruction sets are right, threads change no bit."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 import test_attention
 import test_backward
 from cases import BY_NAME, make, rounded
-from frameworks import Framework
+from frameworks import Framework, importable
 
 CASES = ["long", "everything", "gqa", "head_dim_odd", "dropout", "softcap"]
 
@@ -60,9 +60,9 @@ print(hashlib.sha256(b"".join(x.tobytes() for x in (out, lse, *grads, decoded)))
 """
 
 
-def run(threads: str):
-    environment = {**os.environ, "FLASHCORE_NUM_THREADS": threads}
-    return subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+def run(threads: str, program: str = PROGRAM, **variables: str):
+    environment = {**os.environ, "FLASHCORE_NUM_THREADS": threads, **variables}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
 
 
 def test_results_do_not_depend_on_threads():
@@ -89,3 +89,48 @@ def test_the_number_of_threads_can_be_set():
         assert fc.num_threads() == 3
     finally:
         fc.set_num_threads(before)
+
+
+# ---- beside torch ----------------------------------------------------------------------------------------------------
+
+beside_torch = pytest.mark.skipif(not importable("torch"), reason="torch is not installed")
+
+ON_TORCH = """
+import os, torch, flashcore as fc
+torch.set_num_threads(3)
+count = lambda: len(os.listdir("/proc/self/task"))
+q = torch.linspace(-3, 3, 8 * 256 * 64).sin().reshape(1, 8, 256, 64)
+torch.ones(1 << 20).add(1)
+before = count()
+fc.attention(q, q, q)
+print(count() - before)
+"""
+
+
+@beside_torch
+@pytest.mark.parametrize(("word", "new"), [("openmp", "0"), (None, "0"), ("pool", "2")])
+def test_torch_tensors_are_computed_on_torchs_threads(word, new):
+    """No thread is added to those of torch, unless flashcore's own are asked for."""
+    done = run("3", ON_TORCH, **({} if word is None else {"FLASHCORE_THREADS": word}))
+    assert done.stdout.split() == [new], done.stderr
+
+
+@beside_torch
+def test_the_number_of_torchs_threads_holds():
+    """A worker of torch's DataLoader sets one thread: then no call uses a second."""
+    done = run("3", ON_TORCH.replace("set_num_threads(3)", "set_num_threads(1)"))
+    assert done.stdout.split() == ["0"], done.stderr
+
+
+@beside_torch
+def test_results_do_not_depend_on_whose_threads():
+    program = "import torch, flashcore as fc\nfc.attention(*[torch.ones(1, 1, 1, 8)] * 3)\n" + PROGRAM
+    outputs = [run("3", program, FLASHCORE_THREADS=word) for word in ("pool", "openmp")]
+    assert all(done.returncode == 0 for done in outputs), outputs
+    assert outputs[0].stdout == outputs[1].stdout == run("1").stdout
+
+
+def test_threads_that_are_nobodys_are_refused():
+    done = run("2", FLASHCORE_THREADS="mine")
+    assert done.returncode == 1
+    assert re.search(r"ValueError.*FLASHCORE_THREADS.*mine.*pool.*openmp", done.stderr)

@@ -60,6 +60,11 @@ def test_add_refuses(b, exception, pattern, xp):
     np.testing.assert_array_equal(xp.numpy(out), -7)
 
 
+def test_add_refuses_nothing(xp):
+    with pytest.raises(ValueError, match=r"b is missing"):
+        fc.vector_add(xp.array(np.zeros(4), "float32"), None)
+
+
 def test_add_refuses_a_shifted_overlap(xp):
     x = xp.array(np.arange(10.0), "float32")
     with pytest.raises(ValueError, match=r"overlap"):
@@ -159,6 +164,15 @@ def test_reduce_into_out(xp, rng):
 def test_reduce_refuses(words, exception, pattern, xp):
     with pytest.raises(exception, match=pattern):
         fc.reduce(xp.array(np.zeros((3, 4)), "float32"), **words)
+
+
+@pytest.mark.parametrize("axis", [2, -3, 2**31 - 1, -(2**63)])
+def test_reduce_refuses_an_axis_that_is_none(axis, xp):
+    """Also where `out` says what shape is wanted: no number stands for all axes."""
+    out = xp.empty(())
+    with pytest.raises(ValueError, match=f"axis={axis}.*rank 2"):
+        fc.reduce(xp.array(np.zeros((3, 4)), "float32"), axis=axis, out=out)
+    np.testing.assert_array_equal(xp.numpy(out), -7)
 
 
 def test_reduce_refuses_integers(xp):

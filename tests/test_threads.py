@@ -11,6 +11,7 @@ import flashcore as fc
 import numpy as np
 import pytest
 from cases import BY_NAME, make
+from frameworks import importable
 
 
 def test_threads_agree_with_one_thread(xp, rng):
@@ -54,14 +55,11 @@ def test_other_threads_run_during_a_call():
     assert any(middle[0] < tick < middle[1] for tick in ticks)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_calls_too():
-    """After calls from several threads, a child makes the same call on the CPU and gets the same answer."""
-    program = """
+FORK = """
 import os, threading, warnings
 import numpy as np, flashcore as fc
 warnings.simplefilter("ignore", DeprecationWarning)
-x = np.random.default_rng(0).standard_normal((1, 4, 60, 32)).astype(np.float32)
+x = np.random.default_rng(0).standard_normal((1, 8, 160, 64)).astype(np.float32)
 def call():
     out, lse = fc.attention(x, x, x, return_lse=True)
     return fc.attention_backward(out, x, x, x, out, lse)[0]
@@ -74,5 +72,16 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 raise SystemExit(os.waitstatus_to_exitcode(status))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+ON_TORCH = FORK.replace("def call", "import torch; x = torch.from_numpy(x); torch.set_num_threads(3)\ndef call")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("program", [FORK, ON_TORCH], ids=["own threads", "torch's threads"])
+def test_a_forked_process_calls_too(program):
+    """After calls from several threads, a child makes the same call on the CPU and gets the same answer."""
+    if program is ON_TORCH and not importable("torch"):
+        pytest.skip("torch is not installed")
+    environment = {**os.environ, "FLASHCORE_NUM_THREADS": "3"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr

@@ -94,7 +94,8 @@ void use_resource(nb::object allocate, nb::object deallocate, bool cuda, int ind
 }  // namespace
 
 void bind_primitives(nb::module_& m) {
-  m.def("vector_add", &add, nb::arg("bridge"), nb::arg("a"), nb::arg("b"), nb::arg("out"), nb::arg("stream").none());
+  m.def("vector_add", &add, nb::arg("bridge"), nb::arg("a"), nb::arg("b").none(), nb::arg("out"),
+        nb::arg("stream").none());
   m.def("reduce", &reduce_array, nb::arg("bridge"), nb::arg("x"), nb::arg("out"), nb::arg("op"), nb::arg("axis").none(),
         nb::arg("stream").none());
 }
@@ -143,6 +144,12 @@ void bind_device(nb::module_& m) {
   m.def("built_with_cuda", &built_with_cuda);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, nb::arg("threads"));
+  m.def(
+      "use_openmp_threads",
+      [] {
+        if (const Executor openmp = openmp_executor()) set_executor(openmp);
+      },
+      "Runs on the threads of the OpenMP runtime that the process has loaded, if there is one.");
 }
 
 }  // namespace flashcore::python

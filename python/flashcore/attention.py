@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Optional
 
 from . import _core
@@ -222,7 +223,7 @@ def attention_decode(
         framework.inspect((*arrays, k_cache, v_cache))
     handle = None if stream is None else stream_handle(stream)
     out, lse = results(framework, q, v_cache, layout, return_lse, out, lse, handle)
-    _core.decode(framework.bridge, arrays, (k_cache, v_cache), rotary_interleaved, (out, lse), options, handle)
+    _core.decode(framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, handle)
     return finished(framework, out, lse)
 
 
@@ -427,6 +428,9 @@ def _bound(length: Optional[int]) -> int:
     """A bound on lengths for the library, which takes -1 for unknown."""
     if length is None:
         return -1
-    if length < 0:
-        raise ValueError(f"a negative bound on the sequence lengths, {length}, given; None stands for unknown")
-    return int(length)
+    if not 0 <= operator.index(length) < 2**63:
+        raise ValueError(
+            f"{length} given as a bound on the sequence lengths; it is at least 0 and less than 2**63, "
+            "or None for unknown"
+        )
+    return operator.index(length)

@@ -44,7 +44,10 @@ def memory_stats(device: Device = None) -> MemoryStats:
 
 
 def num_threads() -> int:
-    """Threads that one call on the CPU may use: FLASHCORE_NUM_THREADS, else OMP_NUM_THREADS, else all processors."""
+    """Threads that one call on the CPU may use: FLASHCORE_NUM_THREADS, else OMP_NUM_THREADS, else all processors.
+
+    Given torch tensors, flashcore works on torch's threads, and uses no more than torch.set_num_threads says.
+    """
     return _core.num_threads()
 
 

@@ -6,6 +6,7 @@ therefore loaded already.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -169,6 +170,8 @@ class Torch(Framework):
     def __init__(self, module: Any) -> None:
         self.module = module
         self.warned = False
+        if os.environ.get("FLASHCORE_THREADS", "openmp") == "openmp":
+            _core.use_openmp_threads()  # torch's own: on the CPU, two sets of threads would contend
         self.float8 = getattr(module, "float8_e4m3fn", None)
         self.dtypes = {name: getattr(module, name) for name in ("float32", "float64", "bfloat16")}
         self.dtypes["float8_e4m3"] = self.float8

@@ -72,8 +72,10 @@ def window_sides(window: Sequence[Optional[int]]) -> tuple[int, int]:
         raise ValueError(
             f"window={window!r} given; a pair (left, right) of key counts is needed, with None or -1 for unbounded"
         ) from None
-    if left < -1 or right < -1:
-        raise ValueError(f"window={window!r} given; each side is at least 0, or None or -1 for unbounded")
+    if not (-1 <= left < 2**63 and -1 <= right < 2**63):
+        raise ValueError(
+            f"window={window!r} given; each side is at least 0 and less than 2**63, or None or -1 for unbounded"
+        )
     return left, right
 
 

@@ -54,9 +54,9 @@ def reduce(
     handle = None if stream is None else stream_handle(stream)
     if axis is not None:
         axis = operator.index(axis)
+    left = _without(framework.shape(x), axis)
     if out is None:
-        shape = framework.shape(x)
-        out = framework.empty(_without(shape, axis), framework.dtype(x), x, handle)
+        out = framework.empty(left, framework.dtype(x), x, handle)
     _core.reduce(framework.bridge, x, out, number, axis, handle)
     return out if framework.finish is None else framework.finish(out)
 

@@ -1,4 +1,4 @@
-// The CPU's threads: a small pool that spins, then sleeps; the setting of how many; and scratch memory of a thread.
+// The CPU's threads: a small pool that spins, then sleeps; the settings of how many and whose; scratch memory of one.
 //
 // The caller works too and takes tasks until none is left. It then closes the job and waits only for workers that are
 // inside it: one that has not woken up yet finds the job closed and goes back to sleep. So an oversubscribed machine
@@ -16,6 +16,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -107,6 +108,8 @@ class Pool {
 // The pool is never destroyed: its threads may outlive every static object.
 std::atomic<Pool*> the_pool{nullptr};
 
+}  // namespace
+
 void run_on_pool(int lanes, void (*lane)(void*), void* context) {
   static const bool ready = [] {
     the_pool = new Pool;
@@ -117,8 +120,10 @@ void run_on_pool(int lanes, void (*lane)(void*), void* context) {
   the_pool.load()->run(lanes, lane, context);
 }
 
-std::atomic<Executor> executor{run_on_pool};
-std::atomic<int> thread_setting{0};  // 0: not read yet
+namespace {
+
+std::atomic<Executor> executor_setting{nullptr};  // null: not read yet
+std::atomic<int> thread_setting{0};               // 0: not read yet
 thread_local bool is_inside_job = false;
 
 /// A job's tasks, and the first exception of any.
@@ -163,6 +168,25 @@ int initial_threads() {
   return allowed_processors();
 }
 
+Executor initial_executor() {
+  const char* text = std::getenv("FLASHCORE_THREADS");
+  const std::string_view word = text ? text : "pool";
+  if (word == "pool") return run_on_pool;
+  if (word != "openmp")
+    throw InvalidArgument("FLASHCORE_THREADS is \"" + std::string(word) + "\"; it must be \"pool\" or \"openmp\"");
+  const Executor openmp = openmp_executor();
+  return openmp ? openmp : run_on_pool;
+}
+
+Executor executor() {
+  Executor setting = executor_setting;
+  if (!setting) {
+    const Executor initial = initial_executor();
+    if (executor_setting.compare_exchange_strong(setting, initial)) return initial;
+  }
+  return setting;
+}
+
 struct Scratch {
   ~Scratch() { std::free(data); }
   void* data = nullptr;
@@ -178,7 +202,7 @@ void run_tasks(std::int64_t tasks, int threads, void (*task)(void*, std::int64_t
     return;
   }
   Job job{.task = task, .context = context, .tasks = tasks};
-  executor.load()(threads, [](void* j) { static_cast<Job*>(j)->take_tasks(); }, &job);
+  executor()(threads, [](void* j) { static_cast<Job*>(j)->take_tasks(); }, &job);
   if (job.error) std::rethrow_exception(job.error);
 }
 
@@ -200,6 +224,7 @@ void* thread_scratch(std::size_t bytes) {
 }  // namespace cpu
 
 int num_threads() {
+  cpu::executor();  // every call comes by here before it writes anything: both settings are refused here
   int threads = cpu::thread_setting;
   if (threads == 0) {
     const int initial = cpu::initial_threads();
@@ -213,6 +238,6 @@ void set_num_threads(int threads) {
   cpu::thread_setting = threads;
 }
 
-void set_executor(Executor executor) noexcept { cpu::executor = executor ? executor : cpu::run_on_pool; }
+void set_executor(Executor executor) noexcept { cpu::executor_setting = executor ? executor : cpu::run_on_pool; }
 
 }  // namespace flashcore

@@ -14,6 +14,9 @@ void parallel_for(std::int64_t tasks, int threads, Body&& body) {
   run_tasks(tasks, threads, [](void* context, std::int64_t index) { (*static_cast<Body*>(context))(index); }, &body);
 }
 
+/// The executor of flashcore's own threads.
+void run_on_pool(int lanes, void (*lane)(void* context), void* context);
+
 /// Scratch memory of this thread, aligned to 64 bytes; kept and reused until the thread ends. A second call ends the
 /// first one's use. Throws OutOfMemory.
 void* thread_scratch(std::size_t bytes);
