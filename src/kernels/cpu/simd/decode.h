@@ -28,7 +28,7 @@ FLASHCORE_INLINE std::int64_t vector_offset(std::int64_t n, std::int64_t dim) {
   return min_of<std::int64_t>(n * kLanes, dim - kLanes);
 }
 
-/// Whether rows of `dim` elements are read two vectors at a time, elements with even indices before those with odd ones:
+/// Whether rows of `dim` elements are read two vectors at a time, even elements before odd ones:
 /// a dword of two bfloat16 becomes both of them as floats in one operation each.
 template <class T>
 FLASHCORE_INLINE bool in_pairs(std::int64_t dim) {

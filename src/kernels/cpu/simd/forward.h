@@ -113,14 +113,15 @@ class Forward {
     if (extent == Extent::nothing) return;
     const bool edges = rules_.has_edges(t);
     const bool* missing = engine_.missing(begin);
-    const bool plain = !rules_.changes_scores() && !edges && !missing;
+    const bool changed = rules_.changes_scores(extent);
+    const bool plain = !changed && !edges && !missing;
 
     const VecF* correction = nullptr;
     if (plain) {
       correction = engine_.find_plain_weights(b, t);
     } else {
       engine_.find_scores(b, t);
-      if (rules_.changes_scores()) rules_.change_scores(t, b.head, extent);
+      if (changed) rules_.change_scores(t, b.head, extent);
       if (missing) drop_keys(t, missing + (begin - first_key));
       if (edges) rules_.exclude_by_position(t);
       correction = engine_.find_weights(b, t);

@@ -109,10 +109,47 @@ __attribute__((noinline)) bool split_rows(const Rows<T>& source, std::uint16_t* 
   return sum_of_lanes(zeros) == 0.f;
 }
 
+/// Pairs {a, b} of 16 bfloat16 of two rows.
+FLASHCORE_INLINE VecU pair_rows(const detail::BFloat16* a, const detail::BFloat16* b, __mmask16 kept_a,
+                                __mmask16 kept_b) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept_a, a));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept_b, b));
+  return reinterpret_cast<VecU>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+/// split_columns of bfloat16 in one part.
+__attribute__((noinline)) bool split_columns_of_one(const Rows<detail::BFloat16>& source, std::int64_t tiles,
+                                                    std::uint16_t* to) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 special = 0;
+  for (int j = 0; j < source.rows; j += kTileDepth)
+    for (int d = 0; d < source.columns; d += kLanes) {
+      const int left = source.columns - d;
+      const __mmask16 kept = static_cast<__mmask16>(left >= kLanes ? 0xffff : (1 << left) - 1);
+      VecF x[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        const int row = j + 2 * r;
+        const auto* from = source.data + (row < source.rows ? row : 0) * source.stride + d;
+        const VecU pairs = pair_rows(from, row + 1 < source.rows ? from + source.stride : from,
+                                     row < source.rows ? kept : 0, row + 1 < source.rows ? kept : 0);
+        const auto bits = reinterpret_cast<__m512i>(pairs);
+        special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent);
+        x[r] = reinterpret_cast<VecF>(pairs);
+      }
+      transpose(x);
+      std::uint16_t* tile = to + (d / kTileSide * tiles + j / kTileDepth) * kTileHalves;
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) _mm512_storeu_ps(tile + r * kTileDepth, reinterpret_cast<__m512>(x[r]));
+    }
+  return special == 0;
+}
+
 /// Their transpose as A: rows are columns, depth is rows; `tiles` tiles lie between a row of tiles and the next.
 /// Returns whether all numbers are finite.
 template <int kParts, class T>
 __attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t tiles, std::uint16_t* to) {
+  if constexpr (kParts == 1 && std::is_same_v<T, detail::BFloat16>) return split_columns_of_one(source, tiles, to);
   VecF zeros{};
   for (int j = 0; j < source.rows; j += kTileDepth)
     for (int d = 0; d < source.columns; d += kLanes) {
@@ -167,10 +204,36 @@ __attribute__((noinline)) void pack_row_pairs(const Rows<T>& source, std::int64_
     }
 }
 
+/// pack_pairs of bfloat16 in one part: pairs of elements are dwords as they lie. `flip` is what their bits are changed by.
+__attribute__((noinline)) void pack_dwords(const Rows<detail::BFloat16>& source, std::uint32_t flip, int vectors,
+                                           std::uint32_t* to) {
+  const __m512i flipped = _mm512_set1_epi32(static_cast<int>(flip));
+  for (int n = 0; n < vectors; ++n)
+    for (int d = 0; d < source.columns; d += kTileDepth) {
+      const int left = source.columns - d;
+      const __mmask32 kept = left >= kTileDepth ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+      VecF x[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int row = n * kLanes + i;
+        const bool exists = row < source.rows;
+        const auto* from = source.data + (exists ? row : 0) * source.stride + d;
+        const __m512i dwords = _mm512_maskz_loadu_epi16(exists ? kept : 0, from);
+        x[i] = reinterpret_cast<VecF>(_mm512_xor_si512(dwords, flipped));
+      }
+      transpose(x);
+      std::uint32_t* tile = to + (d / kTileDepth * vectors + n) * kTilePairs;
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k) _mm512_storeu_ps(tile + k * kTileSide, reinterpret_cast<__m512>(x[k]));
+    }
+}
+
 /// factor · rows, transposed, as B: tiles [depth][part][column] of pairs of elements of a row, `vectors` columns.
-/// Lanes without a row are 0. Returns whether all numbers are finite.
+/// Lanes without a row are 0. Returns whether all numbers are finite (of bfloat16 it need not be known).
 template <int kParts, class T>
 __attribute__((noinline)) bool pack_pairs(const Rows<T>& source, float factor, int vectors, std::uint32_t* to) {
+  if constexpr (kParts == 1 && std::is_same_v<T, detail::BFloat16>)
+    return pack_dwords(source, factor < 0 ? 0x80008000u : 0, vectors, to), true;
   VecF zeros{};
   for (int n = 0; n < vectors; ++n)
     for (int d = 0; d < source.columns; d += kTileDepth) {

@@ -139,19 +139,22 @@ __attribute__((noinline)) Extent mask_extent(const detail::PlaneParams& mask, co
   const std::uint8_t* first = static_cast<const std::uint8_t*>(mask.data) +
                               detail::plane_offset(mask, s.batch, head, t.first_query, t.first_key);
   const int queries = mask.query == 0 ? 1 : t.queries;
+  constexpr int kBytes = kLanes * 4;
   bool any = false;
   bool all = true;
   for (int i = 0; i < queries && (all || !any); ++i) {
     const std::uint8_t* row = first + i * mask.query;
     int j = 0;
     if (mask.key == 1) {
-      constexpr std::uint64_t kOnes = 0x0101010101010101u;
-      for (; j + 8 <= t.keys; j += 8) {
-        std::uint64_t eight;
-        std::memcpy(&eight, row + j, 8);
-        any |= eight != 0;
-        all &= ((eight - kOnes) & ~eight & (kOnes << 7)) == 0;  // no byte is 0
+      VecBytes ones{};
+      VecBytes zeros{};
+      for (; j + kBytes <= t.keys; j += kBytes) {
+        const VecBytes kept = *reinterpret_cast<const UnalignedBytes*>(row + j);
+        ones |= kept;
+        zeros |= reinterpret_cast<VecBytes>(kept == 0);
       }
+      any |= any_lane(reinterpret_cast<VecI>(ones) != 0);
+      all &= !any_lane(reinterpret_cast<VecI>(zeros) != 0);
     }
     for (; j < t.keys; ++j) {
       const bool kept = row[j * mask.key] != 0;

@@ -145,7 +145,7 @@ class ScoreGrads {
     return t;
   }
   /// Whether some weight may be 0 because a query does not see the key.
-  bool some_excluded() const { return edges_ || rules_.changes_scores(); }
+  bool some_excluded() const { return edges_ || rules_.changes_scores(extent_); }
   /// Whether the tile's weights are plainly 2^(scores − lse).
   bool plain() const { return !some_excluded() && p_.dropout.threshold == 0; }
 
@@ -161,7 +161,7 @@ class ScoreGrads {
  private:
   template <class Products>
   void find_weights(const float* lse, Products& products) {
-    const bool general = rules_.changes_scores();
+    const bool general = rules_.changes_scores(extent_);
     VecF start[kTileVectors];
     for (int n = 0; n < tile_.vectors; ++n) start[n] = general ? VecF{} : -load(lse + n * kLanes);
     products.scores(tile_, start);

@@ -32,7 +32,7 @@ class ScoreRules {
     high_ = p.position.causal ? shift : kFar;
     if (p.position.window_right >= 0) high_ = min_of(high_, shift + p.position.window_right);
     low_ = p.position.window_left >= 0 ? shift - p.position.window_left : -kFar;
-    changes_scores_ = p.score.softcap > 0 || p.alibi.data || p.bias.data || p.mask.data;
+    changes_all_ = p.score.softcap > 0 || p.alibi.data || p.bias.data;
   }
 
   /// What queries are multiplied with, so that scores come out in units of log 2, or as the argument of tanh.
@@ -41,8 +41,8 @@ class ScoreRules {
     return static_cast<float>(p_.score.scale * (p_.score.softcap > 0 ? 1 / p_.score.softcap : kUnit));
   }
 
-  /// Whether scores are changed by more than exclusion by position, so that a tile has to start at 0.
-  bool changes_scores() const { return changes_scores_; }
+  /// Whether scores of a tile are changed by more than exclusion by position, so that it has to start at 0.
+  bool changes_scores(Extent extent) const { return changes_all_ || extent == Extent::part; }
 
   /// Keys that some query of [first, first + count) sees by position.
   detail::KeyRange keys_of(std::int64_t first, int count) const {
@@ -82,7 +82,7 @@ class ScoreRules {
   float* const plane_;  // the mask's or bias's part of a tile
   std::int64_t low_;    // query i sees key j where low ≤ j − i ≤ high
   std::int64_t high_;
-  bool changes_scores_;
+  bool changes_all_;  // the scores of any tile
 };
 
 /// tile = the products of a block's queries with a tile's keys, started from `offset`; `top` is raised to the largest.

@@ -178,13 +178,13 @@ class TileEngine {
     in_pairs_ = true;
     ColumnSums sums[kTileVectors];
     VecF top[kTileVectors];
-    if (b.started) {
-      multiply_and_weigh(b, t, sums);
-      for (int n = 0; n < b.vectors; ++n) top[n] = sums[n].top;
-      if (!needs_raise(b, top)) {
-        for (int n = 0; n < b.vectors; ++n) b.sum[n] = sums[n].sum;
-        return nullptr;
-      }
+    // Note: the first keys' maximum is nearly always near enough to that of all.
+    if (!b.started) set_max(b, t);
+    multiply_and_weigh(b, t, sums);
+    for (int n = 0; n < b.vectors; ++n) top[n] = sums[n].top;
+    if (!needs_raise(b, top)) {
+      for (int n = 0; n < b.vectors; ++n) b.sum[n] = sums[n].sum;
+      return nullptr;
     }
     multiply_scores(b, t);
     find_max(t, top);
@@ -346,6 +346,15 @@ class TileEngine {
       for (int i = 0; i < kStep && j + i < t.keys; i += kTileSide)
         weigh_rows(b, t, scores_of(j) + i * kTileSide, p.c_column, kTileSide, j + i, sums);
     }
+  }
+
+  /// The maximum of a block without sums becomes that of its first keys.
+  void set_max(QueryBlock& b, const ScoreTile& t) {
+    ScoreTile first = t;
+    first.keys = min_of(kTileSide, t.keys);
+    multiply_scores(b, first);
+    find_max(first, b.max);
+    for (int n = 0; n < b.vectors; ++n) b.max[n] *= unit_;
   }
 
   void start_sums(const QueryBlock& b, ColumnSums* sums) const {

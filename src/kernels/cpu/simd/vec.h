@@ -41,9 +41,11 @@ typedef std::int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef std::uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef std::uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 typedef std::uint8_t VecB __attribute__((vector_size(kLanes)));
+typedef std::uint8_t VecBytes __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedF __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef std::uint16_t UnalignedH __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 typedef std::uint8_t UnalignedB __attribute__((vector_size(kLanes), aligned(1), may_alias));
+typedef std::uint8_t UnalignedBytes __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896341f;
