@@ -18,6 +18,8 @@ from rounds import quartiles, ratio, take_rounds
 # What there is to multiply with, fastest first, and what a level leaves out.
 BF16_UNITS = ("amx_bf16", "avx512_bf16")
 UNITS = (*BF16_UNITS, "avx512", "avx2", "sse2", "neon")
+# A float16 is the sum of two bfloat16, a float32 of three: see src/kernels/cpu/simd/tile_product.h.
+PRODUCTS = {"bfloat16": 1, "float16": 3, "float32": 6}
 BEYOND = {"native": (), "avx512": BF16_UNITS, "avx2": (*BF16_UNITS, "avx512")}
 
 PEAK_MILLISECONDS = 10
@@ -36,18 +38,21 @@ class Peak:
         command = [self.program, "--threads", str(self.threads), *words]
         return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
-    def unit_for(self, dtype: str) -> str:
-        return next(unit for unit in self.units if dtype == "bfloat16" or unit not in BF16_UNITS)
+    def unit_for(self, dtype: str) -> tuple[str, int]:
+        """What multiplies there, and how many of its products one product of `dtype` takes."""
+        if "amx_bf16" in self.units:
+            return "amx_bf16", PRODUCTS[dtype]
+        return next(unit for unit in self.units if unit not in BF16_UNITS), 1
 
     def gauge(self, cell: Cell, dtype: str) -> tuple[dict[str, Any], Callable[[], float]]:
         """What bounds the cell and how much of it there is to do (1e9 of it), and the peak by the second, measured."""
-        unit = self.unit_for(dtype)
+        unit, products = self.unit_for(dtype)
         if cell.is_decode:
             amount = cell.kv_bytes(getattr(torch, dtype).itemsize)
             words = ("--milliseconds", str(READ_MILLISECONDS), "--bytes", str(amount), unit)
             return {"of": "reading", "amount": amount * 1e-9}, lambda: self.ask(*words)["gbytes"]
         words = ("--milliseconds", str(PEAK_MILLISECONDS), unit)
-        return {"of": unit, "amount": cell.flops * 1e-9}, lambda: self.ask(*words)["gflops"][unit]
+        return {"of": unit, "amount": products * cell.flops * 1e-9}, lambda: self.ask(*words)["gflops"][unit]
 
 
 def measure(name: str, dtype: str, wishes: dict[str, Any], peak: Peak | None) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class FloatEngine {
     return correction_;
   }
 
+  void make_weights_floats(const QueryBlock&, const ScoreTile&) {}  // they are
+
   /// out = out · correction + the weighted values.
   void add_values(QueryBlock& b, const ScoreTile& t, const VecF* correction, bool some_excluded) {
     const int dim = p_.size.head_dim_v;

@@ -126,7 +126,10 @@ class Forward {
       if (edges) rules_.exclude_by_position(t);
       correction = engine_.find_weights(b, t);
     }
-    if (p_.dropout.threshold > 0) drop_weights(t, p_.dropout, s_, b.head);
+    if (p_.dropout.threshold > 0) {
+      engine_.make_weights_floats(b, t);
+      drop_weights(t, p_.dropout, s_, b.head);
+    }
     engine_.add_values(b, t, correction, !plain || p_.dropout.threshold > 0);
     b.started = true;
   }
@@ -136,6 +139,8 @@ class Forward {
     scale_out(b, p_.size.head_dim_v, nullptr);
     const float sink = detail::head_value<float>(p_.sinks, 0, b.head, -kInfinity) * kLog2E;
     for (int n = 0; n < b.vectors; ++n) {
+      // Note: without a maximum there is no weight, whatever an engine has added up; but NaN stays.
+      b.sum[n] = (b.max[n] == -kInfinity) & (b.sum[n] == b.sum[n]) ? VecF{} : b.sum[n];
       factor[n] = p_.sinks.data ? join_sink(b, n, sink) : broadcast(1.f);
       factor[n] = b.sum[n] == 0.f ? VecF{} : factor[n] / b.sum[n];
     }

@@ -69,6 +69,14 @@ FLASHCORE_INLINE void store_row_parts(VecF& low, VecF& high, std::uint16_t* to, 
   }
 }
 
+/// x, but 0 where it is NaN or Inf, which `found` then holds.
+FLASHCORE_INLINE VecF finite_of(VecF x, __mmask16& found) {
+  constexpr int kNanOrInfinity = 0x99;
+  const __mmask16 special = _mm512_fpclass_ps_mask(reinterpret_cast<__m512>(x), kNanOrInfinity);
+  found |= special;
+  return reinterpret_cast<VecF>(_mm512_maskz_mov_ps(static_cast<__mmask16>(~special), reinterpret_cast<__m512>(x)));
+}
+
 template <class T>
 FLASHCORE_INLINE VecF load_or_zero(const T* p, int count) {
   if (count >= kLanes) return load_floats(p);
@@ -86,14 +94,14 @@ FLASHCORE_INLINE void copy_rows(const Rows<detail::BFloat16>& source, std::uint1
   }
 }
 
-/// Rows as A: tiles [row][depth][part], filled up with zeros. Returns whether all numbers are finite.
+/// Rows as A: tiles [row][depth][part], filled up with zeros. NaN and Inf have no parts and become 0, except those of
+/// bfloat16 in one part. Returns whether there were none (of bfloat16 it need not be known).
 template <int kParts, class T>
 __attribute__((noinline)) bool split_rows(const Rows<T>& source, std::uint16_t* to) {
   if constexpr (kParts == 1 && std::is_same_v<T, detail::BFloat16>) {
-    // Note: whether they are finite need not be known where there is one part.
     if (source.columns % kTileDepth == 0 && source.rows % kTileSide == 0) return copy_rows(source, to), true;
   }
-  VecF zeros{};
+  __mmask16 special = 0;
   const std::int64_t row_tiles = whole_depth(source.columns) / kTileDepth * kParts * kTileHalves;
   for (int j = 0; j < whole_tiles(source.rows); ++j) {
     std::uint16_t* row = to + j / kTileSide * row_tiles + j % kTileSide * kTileDepth;
@@ -102,11 +110,14 @@ __attribute__((noinline)) bool split_rows(const Rows<T>& source, std::uint16_t* 
     for (int d = 0; d < source.columns; d += kTileDepth, row += kParts * kTileHalves) {
       VecF low = load_or_zero(from + d, columns - d);
       VecF high = load_or_zero(from + d + kLanes, columns - d - kLanes);
-      zeros += low * 0.f + high * 0.f;
+      if constexpr (kParts > 1) {
+        low = finite_of(low, special);
+        high = finite_of(high, special);
+      }
       store_row_parts<kParts>(low, high, row, kTileHalves);
     }
   }
-  return sum_of_lanes(zeros) == 0.f;
+  return special == 0;
 }
 
 /// Pairs {a, b} of 16 bfloat16 of two rows.
@@ -134,8 +145,9 @@ __attribute__((noinline)) bool split_columns_of_one(const Rows<detail::BFloat16>
         const VecU pairs = pair_rows(from, row + 1 < source.rows ? from + source.stride : from,
                                      row < source.rows ? kept : 0, row + 1 < source.rows ? kept : 0);
         const auto bits = reinterpret_cast<__m512i>(pairs);
-        special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent);
-        x[r] = reinterpret_cast<VecF>(pairs);
+        const __mmask32 own = _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent);
+        special |= own;
+        x[r] = reinterpret_cast<VecF>(_mm512_maskz_mov_epi16(~own, bits));
       }
       transpose(x);
       std::uint16_t* tile = to + (d / kTileSide * tiles + j / kTileDepth) * kTileHalves;
@@ -146,11 +158,11 @@ __attribute__((noinline)) bool split_columns_of_one(const Rows<detail::BFloat16>
 }
 
 /// Their transpose as A: rows are columns, depth is rows; `tiles` tiles lie between a row of tiles and the next.
-/// Returns whether all numbers are finite.
+/// NaN and Inf become 0: their products with a weight of 0 must be. Returns whether there were none.
 template <int kParts, class T>
 __attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t tiles, std::uint16_t* to) {
   if constexpr (kParts == 1 && std::is_same_v<T, detail::BFloat16>) return split_columns_of_one(source, tiles, to);
-  VecF zeros{};
+  __mmask16 special = 0;
   for (int j = 0; j < source.rows; j += kTileDepth)
     for (int d = 0; d < source.columns; d += kLanes) {
       VecF x[kParts][kLanes];
@@ -159,9 +171,8 @@ __attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t
       for (int r = 0; r < kLanes; ++r) {
         const int row = j + 2 * r;
         const T* from = source.data + row * source.stride + d;
-        const VecF a = row < source.rows ? load_or_zero(from, columns) : VecF{};
-        const VecF b = row + 1 < source.rows ? load_or_zero(from + source.stride, columns) : VecF{};
-        zeros += a * 0.f + b * 0.f;
+        const VecF a = row < source.rows ? finite_of(load_or_zero(from, columns), special) : VecF{};
+        const VecF b = row + 1 < source.rows ? finite_of(load_or_zero(from + source.stride, columns), special) : VecF{};
         VecU pairs[kParts];
         split_pair<kParts>(a, b, pairs);
         for (int i = 0; i < kParts; ++i) x[i][r] = reinterpret_cast<VecF>(pairs[i]);
@@ -173,7 +184,7 @@ __attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t
         for (int r = 0; r < kLanes; ++r) _mm512_storeu_ps(tile + r * kTileDepth, reinterpret_cast<__m512>(x[i][r]));
       }
     }
-  return sum_of_lanes(zeros) == 0.f;
+  return special == 0;
 }
 
 /// 32 floats with more digits than the parts hold as rows of bfloat16, `part` apart: the last part is rounded.
@@ -204,7 +215,7 @@ __attribute__((noinline)) void pack_row_pairs(const Rows<T>& source, std::int64_
     }
 }
 
-/// pack_pairs of bfloat16 in one part: pairs of elements are dwords as they lie. `flip` is what their bits are changed by.
+/// pack_pairs of bfloat16 in one part: pairs of elements are dwords as they lie, of which the bits `flip` are flipped.
 __attribute__((noinline)) void pack_dwords(const Rows<detail::BFloat16>& source, std::uint32_t flip, int vectors,
                                            std::uint32_t* to) {
   const __m512i flipped = _mm512_set1_epi32(static_cast<int>(flip));
@@ -229,12 +240,12 @@ __attribute__((noinline)) void pack_dwords(const Rows<detail::BFloat16>& source,
 }
 
 /// factor · rows, transposed, as B: tiles [depth][part][column] of pairs of elements of a row, `vectors` columns.
-/// Lanes without a row are 0. Returns whether all numbers are finite (of bfloat16 it need not be known).
+/// Lanes without a row are 0. NaN and Inf as in split_rows.
 template <int kParts, class T>
 __attribute__((noinline)) bool pack_pairs(const Rows<T>& source, float factor, int vectors, std::uint32_t* to) {
   if constexpr (kParts == 1 && std::is_same_v<T, detail::BFloat16>)
     return pack_dwords(source, factor < 0 ? 0x80008000u : 0, vectors, to), true;
-  VecF zeros{};
+  __mmask16 special = 0;
   for (int n = 0; n < vectors; ++n)
     for (int d = 0; d < source.columns; d += kTileDepth) {
       VecF x[kParts][kLanes];
@@ -245,7 +256,10 @@ __attribute__((noinline)) bool pack_pairs(const Rows<T>& source, float factor, i
         const int columns = exists ? source.columns - d : 0;
         VecF low = load_or_zero(from, columns) * factor;
         VecF high = load_or_zero(from + kLanes, columns - kLanes) * factor;
-        zeros += low * 0.f + high * 0.f;
+        if constexpr (kParts > 1) {
+          low = finite_of(low, special);
+          high = finite_of(high, special);
+        }
         alignas(64) std::uint16_t row[kParts * kTileDepth];
         store_row_parts<kParts>(low, high, row, kTileDepth);
         for (int part = 0; part < kParts; ++part)
@@ -258,7 +272,7 @@ __attribute__((noinline)) bool pack_pairs(const Rows<T>& source, float factor, i
         for (int k = 0; k < kLanes; ++k) _mm512_storeu_ps(tile + k * kTileSide, reinterpret_cast<__m512>(x[part][k]));
       }
     }
-  return sum_of_lanes(zeros) == 0.f;
+  return special == 0;
 }
 
 }  // namespace

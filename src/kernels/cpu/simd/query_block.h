@@ -25,11 +25,14 @@ struct QueryBlock {
   bool finite;   // whether q does, as far as the engine asked
 };
 
-/// Whether `top`, above the running maximum, is too far above it anywhere, or where there is none yet.
+/// Where `top`, above the running maximum, is too far above it, or where there is none yet.
+FLASHCORE_INLINE VecI to_raise(const QueryBlock& b, int n, VecF top) {
+  return (top > kSlack) | (b.max[n] == -kInfinity);
+}
 FLASHCORE_INLINE bool needs_raise(const QueryBlock& b, const VecF* top) {
-  VecI raised{};
-  for (int n = 0; n < b.vectors; ++n) raised |= (top[n] > kSlack) | (b.max[n] == -kInfinity);
-  return any_lane(raised);
+  VecI any{};
+  for (int n = 0; n < b.vectors; ++n) any |= to_raise(b, n, top[n]);
+  return any_lane(any);
 }
 
 /// Takes maxima, which stand `offset` above what they are, into the running ones. `offset` becomes what is to be added

@@ -13,7 +13,7 @@
 namespace flashcore::cpu {
 namespace {
 
-/// 2^x for x up to 127, for weights that are rounded to kParts bfloat16: to 2.7e-6, with three parts to 1.6e-7. Below
+/// 2^x for x up to 127, for weights that are rounded to kParts bfloat16: to 2.9e-6, with three parts to 1.6e-7. Below
 /// 2^−126 it stays 2^−126. NaN stays NaN.
 template <int kParts>
 FLASHCORE_INLINE VecF exp2_for_parts(VecF x) {
@@ -22,12 +22,12 @@ FLASHCORE_INLINE VecF exp2_for_parts(VecF x) {
   const VecF shifted = x + kRounder;
   const VecF f = x - (shifted - kRounder);
   VecF p;
-  // Minimax polynomials on [−1/2, 1/2].
+  // Minimax polynomials on [−1/2, 1/2] that are 1 at 0.
   if constexpr (kParts < 3) {
-    p = f * 9.57010191e-3f + 5.59178603e-2f;
-    p = p * f + 2.40247448e-1f;
-    p = p * f + 6.93121815e-1f;
-    p = p * f + 9.99999261e-1f;
+    p = f * 9.58538242e-3f + 5.59066273e-2f;
+    p = p * f + 2.40240380e-1f;
+    p = p * f + 6.93124175e-1f;
+    p = p * f + 1.0f;
   } else {
     p = f * 1.32647273e-3f + 9.67151299e-3f;
     p = p * f + 5.55073358e-2f;
@@ -153,7 +153,6 @@ class TileEngine {
 
   /// The tile becomes the scores, to be changed and excluded from.
   void find_scores(QueryBlock& b, const ScoreTile& t) {
-    if (!can_split(b, t.first_key)) return find_float_scores(b, t);
     multiply_scores(b, t);
     change_scores(t, [this](VecF x, int, int) { return x * unit_; });
   }
@@ -171,38 +170,38 @@ class TileEngine {
 
   /// Both at once where nothing is changed or excluded. Null: sums before are multiplied with 1.
   const VecF* find_plain_weights(QueryBlock& b, const ScoreTile& t) {
-    if (p_.dropout.threshold > 0 || !can_split(b, t.first_key) || (kParts > 1 && !values_of(t.first_key).finite)) {
-      find_scores(b, t);
-      return find_weights(b, t);
-    }
     in_pairs_ = true;
     ColumnSums sums[kTileVectors];
     VecF top[kTileVectors];
     // Note: the first keys' maximum is nearly always near enough to that of all.
     if (!b.started) set_max(b, t);
-    multiply_and_weigh(b, t, sums);
+    if (all_finite(b, t))
+      multiply_and_weigh(b, t, sums);
+    else
+      weigh_whole(b, t, sums);
     for (int n = 0; n < b.vectors; ++n) top[n] = sums[n].top;
     if (!needs_raise(b, top)) {
       for (int n = 0; n < b.vectors; ++n) b.sum[n] = sums[n].sum;
       return nullptr;
     }
-    multiply_scores(b, t);
-    find_max(t, top);
-    VecI nothing{};
-    for (int n = 0; n < b.vectors; ++n) {
-      nothing |= top[n] == -kInfinity;
-      top[n] *= unit_;
-    }
-    if (any_lane(nothing)) {
-      change_scores(t, [this](VecF x, int, int) { return x * unit_; });
-      return find_weights(b, t);
-    }
+    // Note: only where it must be, so that no query's result depends on its neighbours.
+    VecF all[kTileVectors];
     VecF offset[kTileVectors] = {};
-    raise_max(b, offset, top, correction_);
-    start_sums(b, sums);
-    for (int j = 0; j < t.keys; j += kTileSide) weigh_rows(b, t, t.row(j), kTileSide, t.width(), j, sums);
+    multiply_scores(b, t);
+    find_max(t, all);
+    for (int n = 0; n < b.vectors; ++n) all[n] = to_raise(b, n, top[n]) ? all[n] * unit_ : broadcast(-kInfinity);
+    raise_max(b, offset, all, correction_);
+    weigh_whole(b, t, sums);
     for (int n = 0; n < b.vectors; ++n) b.sum[n] = sums[n].sum;
     return correction_;
+  }
+
+  /// The tile becomes the weights of find_plain_weights.
+  void make_weights_floats(const QueryBlock& b, const ScoreTile& t) {
+    if (!in_pairs_) return;
+    in_pairs_ = false;
+    multiply_scores(b, t);
+    change_scores(t, [&](VecF x, int, int n) { return exp2_for_parts<kParts>(x * unit_ - finite_max(b, n)); });
   }
 
   /// out = out · correction + the weighted values.
@@ -210,14 +209,7 @@ class TileEngine {
     const int dim = p_.size.head_dim_v;
     const SplitRows values = values_of(t.first_key);
     if (correction && b.started) scale_out(b, dim, correction);
-    if (!in_pairs_) {
-      if (!values.finite) {
-        if (!b.started) scale_out(b, dim, nullptr);
-        const KeyRows rows = values_.rows(block_begin(t.first_key), block_count(t.first_key));
-        return add_values_with_weight(t, rows.from(t.first_key - block_begin(t.first_key)), dim, b.out);
-      }
-      pair_weights(t);
-    }
+    if (!in_pairs_) pair_weights(t);
     constexpr int kDepth = kBlockKeys / kTileDepth;
     TileProduct p;
     p.rows = static_cast<int>(whole_tiles(dim) / kTileSide);
@@ -233,6 +225,7 @@ class TileEngine {
       multiply<kParts, true>(p);
     else
       multiply<kParts, false>(p);
+    if (!values.finite) add_special_values(b, t);
   }
 
  private:
@@ -305,8 +298,12 @@ class TileEngine {
     return {tiles, block.values_finite};
   }
 
-  /// Note: parts of an infinity are not numbers.
-  bool can_split(const QueryBlock& b, std::int64_t key) { return kParts == 1 || (b.finite && keys_of(key).finite); }
+  /// Whether all numbers of the scores have parts.
+  bool all_finite(const QueryBlock& b, const ScoreTile& t) {
+    return kParts == 1 || (b.finite && keys_of(t.first_key).finite);
+  }
+
+  static VecF finite_max(const QueryBlock& b, int n) { return b.max[n] > -kInfinity ? b.max[n] : VecF{}; }
 
   TileProduct score_product(const QueryBlock& b, const ScoreTile& t) {
     const int depth = static_cast<int>(whole_depth(p_.size.head_dim) / kTileDepth);
@@ -323,7 +320,17 @@ class TileEngine {
     return p;
   }
 
-  void multiply_scores(const QueryBlock& b, const ScoreTile& t) { multiply<kParts, false>(score_product(b, t)); }
+  void multiply_scores(const QueryBlock& b, const ScoreTile& t) {
+    multiply<kParts, false>(score_product(b, t));
+    if (!all_finite(b, t)) add_special_scores(b, t);
+  }
+
+  /// Weights from scores that are all found before.
+  void weigh_whole(const QueryBlock& b, const ScoreTile& t, ColumnSums* sums) {
+    multiply_scores(b, t);
+    start_sums(b, sums);
+    for (int j = 0; j < t.keys; j += kTileSide) weigh_rows(b, t, t.row(j), kTileSide, t.width(), j, sums);
+  }
 
   /// Some rows of scores after the other, the products one step ahead: the processor then works on both at a time.
   void multiply_and_weigh(QueryBlock& b, const ScoreTile& t, ColumnSums* sums) {
@@ -367,7 +374,7 @@ class TileEngine {
                   int key, ColumnSums* sums) {
     const int keys = min_of(kTileSide, t.keys - key);
     for (int n = 0; n < t.vectors; ++n) {
-      const VecF max = b.max[n] > -kInfinity ? b.max[n] : VecF{};
+      const VecF max = finite_max(b, n);
       const ScoreColumn c{scores + n * column, row, keys, pairs_of(t, key, n), t.vectors * kTilePairs};
       weigh<kParts>(c, broadcast(unit_), max, sums[n]);
     }
@@ -390,18 +397,54 @@ class TileEngine {
       }
   }
 
-  void find_float_scores(const QueryBlock& b, const ScoreTile& t) {
+  // ---- NaN and Inf: rare, and as slow as they are ----
+
+  static bool is_special(float x) { return !(x * 0.f == 0.f); }
+
+  KeyRows float_rows(KeyBlocks& blocks, const ScoreTile& t) const {
+    const std::int64_t begin = block_begin(t.first_key);
+    return blocks.rows(begin, block_count(t.first_key)).from(t.first_key - begin);
+  }
+
+  /// Adds to the scores what the parts left out.
+  void add_special_scores(const QueryBlock& b, const ScoreTile& t) {
     const int dim = p_.size.head_dim;
     with_storage(p_.dtype, [&](auto storage) {
       using T = decltype(storage);
       const T* q = static_cast<const T*>(p_.q.data) + detail::q_offset(p_.q, s_, b.head, b.first);
-      pack_transposed<T>({q, p_.q.seq, b.queries, dim}, unit_ * sign_, b.vectors, t.width(), columns_);
+      pack_transposed<T>({q, p_.q.seq, b.queries, dim}, sign_, b.vectors, t.width(), columns_);
     });
-    const VecF zero[kTileVectors] = {};
-    VecF unused[kTileVectors] = {};
-    const std::int64_t begin = block_begin(t.first_key);
-    const KeyRows k = keys_.rows(begin, block_count(t.first_key)).from(t.first_key - begin);
-    multiply_rows(t, k, dim, columns_, zero, unused, nullptr);
+    const KeyRows k = float_rows(keys_, t);
+    for (int j = 0; j < t.keys; ++j)
+      for (int d = 0; d < dim; ++d) {
+        const float key = k.data[j * k.stride + d];
+        for (int i = 0; i < t.queries; ++i) {
+          const float query = columns_[d * t.width() + i];
+          if (is_special(key) || is_special(query)) t.row(j)[i] += key * query;
+        }
+      }
+  }
+
+  /// Adds to the sums what split_columns left out, where it has a weight.
+  void add_special_values(const QueryBlock& b, const ScoreTile& t) {
+    const KeyRows v = float_rows(values_, t);
+    for (int j = 0; j < t.keys; ++j)
+      for (int d = 0; d < p_.size.head_dim_v; ++d) {
+        const float value = v.data[j * v.stride + d];
+        for (int i = 0; is_special(value) && i < t.queries; ++i) {
+          const float weight = weight_of(t, j, i);
+          if (weight != 0.f) b.out[d * t.width() + i] += weight * value;
+        }
+      }
+  }
+
+  /// The first part of a weight: it is 0 where the weight is.
+  float weight_of(const ScoreTile& t, int key, int query) const {
+    const std::uint32_t pair = pairs_of(t, key, query / kLanes)[query % kLanes];
+    const std::uint32_t bits = key % 2 ? pair & kUpperHalf : pair << 16;
+    float weight;
+    std::memcpy(&weight, &bits, sizeof weight);
+    return weight;
   }
 
   const detail::Params& p_;
