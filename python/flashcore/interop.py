@@ -34,8 +34,6 @@ def qualified(kind: type) -> str:
 class Framework:
     """One framework's way of doing things. This base serves any DLPack producer and answers with `flashcore.Array`."""
 
-    #: checks the arrays of a call before it is made, where there is something to check
-    inspect: Optional[Callable[[tuple[Any, ...]], None]] = None
     #: turns a result into the framework's own type, where it was not allocated as one
     finish: Optional[Callable[[Any], Any]] = None
 
@@ -139,7 +137,9 @@ class NumPyLike(Framework):
 class NumPy(NumPyLike):
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.ndarray)
-        self.bridge = _core.Bridge(module.ndarray, _VERSIONED, self.reinterpret, self.result)
+        self.bridge = _core.Bridge(
+            module.ndarray, _VERSIONED, self.reinterpret, self.result, empty_like=module.empty_like
+        )
 
 
 class CuPy(NumPyLike):
@@ -168,7 +168,6 @@ class Torch(Framework):
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.warned = False
         self.float8 = getattr(module, "float8_e4m3fn", None)
         self.dtypes = {name: getattr(module, name) for name in ("float32", "float64", "bfloat16")}
         self.dtypes["float8_e4m3"] = self.float8
@@ -179,30 +178,25 @@ class Torch(Framework):
             self.result,
             current_stream=self.current_stream,
             empty_like=module.empty_like,
+            inspect=self.inspect,
+            is_negated=module.Tensor.is_neg,
             exchange=True,
         )
 
     def current_stream(self, index: int) -> int:
         return int(self.module.cuda.current_stream(index).cuda_stream)
 
-    def inspect(self, tensors: tuple[Any, ...]) -> None:
-        try:
-            for tensor in tensors:
-                if tensor is not None and (tensor.is_neg() or (tensor.requires_grad and not self.warned)):
-                    self._inspect_closely(tensor)
-        except AttributeError:
-            pass  # not a tensor: the call itself says so
-
-    def _inspect_closely(self, tensor: Any) -> None:
+    def inspect(self, tensor: Any) -> None:
+        """Hears of a tensor that is negated or requires grad."""
         if tensor.is_neg():
             raise TypeError("a tensor with torch's lazy negation (as of .conj().imag) given; pass tensor.resolve_neg()")
-        if not self.warned and self.module.is_grad_enabled():
-            self.warned = True
+        if self.module.is_grad_enabled():
+            self.bridge.wary_of_grad = False  # once is enough
             warnings.warn(
                 "flashcore takes tensors that require grad as if detached: the result has no gradient. "
                 "The differentiable call is flashcore.torch.attention",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=_caller_level(),
             )
 
     def reinterpret(self, tensor: Any, name: str) -> tuple[Any, str]:
@@ -301,6 +295,14 @@ def _classify_jax(array: Any, name: str) -> Framework:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(f"{name}: a JAX tracer given; inside jit, grad and vmap use flashcore.jax.attention")
     return Jax(jax, type(array))
+
+
+def _caller_level() -> int:
+    """The level, for `warnings.warn`, of the first frame outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def stream_handle(stream: Any) -> int:
