@@ -138,8 +138,17 @@ nb::object new_result(const Bridge& bridge, nb::handle q_array, nb::handle v_arr
                       const TensorView& v, nb::handle stream) {
   if (!bridge.empty_like.is_none() && q_array.type().is(bridge.type) && q.rank > 0 && v.rank > 0 &&
       q.shape[q.rank - 1] == v.shape[v.rank - 1] && q.dtype != DType::float8_e4m3 && q.stride == dense(q).stride)
-    return bridge.empty_like(q_array);
+    return ask(bridge.empty_like, q_array);
   return bridge.result(q_array, v_array, stream);
+}
+
+/// The array for out: the one given, or a new one, which `out` then looks at.
+nb::object take_out(Reader& reader, const Bridge& bridge, nb::handle results, AttentionOutputs& out, nb::handle q_array,
+                    nb::handle v_array, const TensorView& q, const TensorView& v, nb::handle stream) {
+  if (out.out || !v) return nb::borrow(PyTuple_GetItem(results.ptr(), 0));
+  nb::object made = new_result(bridge, q_array, v_array, q, v, stream);
+  out.out = reader.read(made, "out", Access::fresh);
+  return made;
 }
 
 /// Returns out: the array given, or a new one.
@@ -148,12 +157,8 @@ nb::object forward(const Bridge& bridge, nb::handle arrays, nb::handle results, 
   Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
   AttentionOutputs out = read_outputs(reader, results);
-  nb::object out_array = nb::borrow(PyTuple_GetItem(results.ptr(), 0));
-  if (!out.out && in.v) {
-    out_array = new_result(bridge, nb::handle(PyTuple_GetItem(arrays.ptr(), 0)),
-                           nb::handle(PyTuple_GetItem(arrays.ptr(), 2)), in.q, in.v, stream);
-    out.out = reader.read(out_array, "out", Access::fresh);
-  }
+  nb::object out_array = take_out(reader, bridge, results, out, PyTuple_GetItem(arrays.ptr(), 0),
+                                  PyTuple_GetItem(arrays.ptr(), 2), in.q, in.v, stream);
   const Stream run_on = reader.stream(in.q.device);
   nb::gil_scoped_release release;
   attention_forward(in, out, options.value, run_on);
@@ -195,14 +200,18 @@ double time_forward(const Bridge& bridge, nb::handle arrays, nb::handle results,
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / calls;
 }
 
-void decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved, nb::handle results,
-            const Options& options, nb::handle stream) {
+/// Returns out: the array given, or a new one.
+nb::object decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved, nb::handle results,
+                  const Options& options, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
-  const AttentionOutputs out = read_outputs(reader, results);
+  AttentionOutputs out = read_outputs(reader, results);
+  nb::object out_array = take_out(reader, bridge, results, out, PyTuple_GetItem(arrays.ptr(), 0),
+                                  PyTuple_GetItem(caches.ptr(), 1), in.q, in.v_cache, stream);
   const Stream run_on = reader.stream(in.q.device);
   nb::gil_scoped_release release;
   attention_decode(in, out, options.value, run_on);
+  return out_array;
 }
 
 /// `cotangents` is (dout, dlse), `gradients` (dq, dk, dv, dbias, dsinks).

@@ -68,6 +68,13 @@ const dl::ExchangeApi* exchange_api(nb::handle type) {
   return api && api->dltensor_from_py_object_no_sync ? api : nullptr;
 }
 
+nb::object ask(nb::handle function, nb::handle array) {
+  PyObject* argument = array.ptr();
+  nb::object answer = nb::steal(nb::detail::vectorcall(function.ptr(), &argument, 1, nullptr));
+  if (!answer.is_valid()) throw nb::python_error();
+  return answer;
+}
+
 Reader::Reader(const Bridge& bridge, nb::handle stream, Grads grads)
     : bridge_(bridge), stream_(stream), grads_(grads) {}
 
@@ -87,7 +94,7 @@ Stream Reader::stream(Device device) const {
 TensorView Reader::read(nb::handle array, const char* name, Access access) {
   if (array.is_none()) return {};
   auto* type = reinterpret_cast<PyTypeObject*>(bridge_.type.ptr());
-  if (PyType_IsSubtype(Py_TYPE(array.ptr()), type)) {
+  if (PyObject_TypeCheck(array.ptr(), type)) {
     if (access != Access::read && bridge_.immutable)
       refuse_write(name, "a " + qualified_name(bridge_.type) + " is immutable");
     if (access != Access::fresh && !bridge_.inspect.is_none()) inspect(array, access);
@@ -100,9 +107,12 @@ TensorView Reader::read(nb::handle array, const char* name, Access access) {
 /// Asks the two quick questions; what needs a closer look is the framework's own business.
 void Reader::inspect(nb::handle array, Access access) const {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  bool suspect = bridge_.is_negated(array).is(Py_True);
-  if (!suspect && access == Access::read && grads_ == Grads::mentioned && bridge_.wary_of_grad)
-    suspect = nb::steal(PyObject_GetAttr(array.ptr(), requires_grad)).is(Py_True);
+  bool suspect = ask(bridge_.is_negated, array).is(Py_True);
+  if (!suspect && access == Access::read && grads_ == Grads::mentioned && bridge_.wary_of_grad) {
+    const nb::object wants_grad = nb::steal(PyObject_GetAttr(array.ptr(), requires_grad));
+    if (!wants_grad.is_valid()) throw nb::python_error();
+    suspect = wants_grad.is(Py_True);
+  }
   if (suspect) bridge_.inspect(array);
 }
 

@@ -35,6 +35,9 @@ struct Bridge {
 /// The exchange table of a type, or null where it has none that can lend tensors.
 const dl::ExchangeApi* exchange_api(nb::handle type);
 
+/// function(array), by the shortest way. Throws python_error.
+nb::object ask(nb::handle function, nb::handle array);
+
 enum class Access { read, write, fresh };  // fresh: to be written, and just made by the framework itself
 
 /// Whether arrays that want a gradient are pointed out to the framework.

@@ -1,5 +1,5 @@
-// `flashcore.attention` as a callable that makes the plainest calls itself: three arrays and no more than causal, scale
-// and out. All others, and those that fail, go to the Python function, which knows every option and error.
+// `flashcore.attention` as a callable that makes the plainest calls itself: three arrays and no more than causal,
+// scale, layout and out. Others, and those that fail, go to the Python function, which knows every option and error.
 #include "shortcut.h"
 
 #include <structmember.h>
@@ -48,37 +48,50 @@ const Bridge* bridge_of(Shortcut& self, PyTypeObject* type) {
 bool read_words(PyObject* names, PyObject* const* values, AttentionOptions& options, nb::handle& out) {
   static PyObject* const causal = PyUnicode_InternFromString("causal");
   static PyObject* const scale = PyUnicode_InternFromString("scale");
+  static PyObject* const layout = PyUnicode_InternFromString("layout");
+  static PyObject* const bhsd = PyUnicode_InternFromString("bhsd");
+  static PyObject* const bshd = PyUnicode_InternFromString("bshd");
   static PyObject* const out_name = PyUnicode_InternFromString("out");
   const Py_ssize_t count = names ? PyTuple_Size(names) : 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    const PyObject* name = PyTuple_GetItem(names, i);  // the compiler interns the names in a call
+    const PyObject* name = PyTuple_GetItem(names, i);  // the compiler interns the names and words in a call
     const nb::handle value = values[i];
     if (name == causal && value.is(Py_True))
       options.mask = Mask::causal();
     else if (name == scale && PyFloat_CheckExact(value.ptr()))
       options.scale = PyFloat_AsDouble(value.ptr());
+    else if (name == layout && value.is(bshd))
+      options.layout = Layout::bshd;
     else if (name == out_name)
       out = value;
-    else if (!(name == causal && value.is(Py_False)) && !(name == scale && value.is_none()))
+    else if (!(name == causal && value.is(Py_False)) && !(name == scale && value.is_none()) &&
+             !(name == layout && value.is(bhsd)))
       return false;
   }
   return true;
 }
 
+/// Makes the call; an invalid object where it is not for the shortcut.
+nb::object call_directly(Shortcut& self, PyObject* const* args, Py_ssize_t positional, PyObject* names) {
+  if (positional != kArrays || args[1] == Py_None || args[2] == Py_None) return {};
+  const Bridge* bridge = bridge_of(self, Py_TYPE(args[0]));
+  AttentionOptions options;
+  nb::handle out = Py_None;
+  if (!bridge || !read_words(names, args + kArrays, options, out)) return {};
+  return attend(*bridge, args[0], args[1], args[2], out, options);
+}
+
 PyObject* call(PyObject* callable, PyObject* const* args, std::size_t nargsf, PyObject* names) {
   auto& self = *reinterpret_cast<Shortcut*>(callable);
-  if (NB_VECTORCALL_NARGS(nargsf) == kArrays && args[1] != Py_None) try {
-      const Bridge* bridge = bridge_of(self, Py_TYPE(args[0]));
-      AttentionOptions options;
-      nb::handle out = Py_None;
-      if (bridge && read_words(names, args + kArrays, options, out))
-        return attend(*bridge, args[0], args[1], args[2], out, options).release().ptr();
-    } catch (nb::python_error& error) {
-      error.restore();
-      return nullptr;
-    } catch (const std::exception&) {
-      // Nothing was written: the Python function finds the same error, and says it.
-    }
+  try {
+    nb::object result = call_directly(self, args, NB_VECTORCALL_NARGS(nargsf), names);
+    if (result.is_valid()) return result.release().ptr();
+  } catch (nb::python_error& error) {
+    error.restore();
+    return nullptr;
+  } catch (const std::exception&) {
+    // A refused call has written nothing: the Python function meets the same error, and says it.
+  }
   return nb::detail::vectorcall(self.function, args, nargsf, names);
 }
 
@@ -136,7 +149,7 @@ nb::object shortcut(nb::object function, nb::dict known) {
 
 void bind_shortcut(nb::module_& m) {
   m.def("shortcut", &shortcut, nb::arg("function"), nb::arg("known"),
-        nb::sig("def shortcut(function: object, known: dict) -> object"),
+        nb::sig("def shortcut(function: object, known: object) -> object"),
         "`function`, which is `flashcore.attention`, with its plainest calls made without entering Python");
 }
 

@@ -14,7 +14,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _shortcut(function: _Function) -> _Function:
-    """The same function; calls with nothing but arrays, `causal`, `scale` and `out` are made without entering it."""
+    """The same function; calls with no more than arrays, causal, scale, layout and out are made without entering it."""
     return cast(_Function, update_wrapper(cast(Any, _core.shortcut(function, known)), function))
 
 
@@ -229,8 +229,9 @@ def attention_decode(
         layout, "bottom_right" if causal is True else causal, window, scale, softcap, 0.0, 0, False, kernel
     )
     handle = None if stream is None else stream_handle(stream)
-    out, lse = results(framework, q, v_cache, layout, return_lse, out, lse, handle)
-    _core.decode(framework.bridge, arrays, (k_cache, v_cache), rotary_interleaved, (out, lse), options, handle)
+    if return_lse and lse is None:
+        lse = framework.rows(q, ROW_ORDER[layout], handle)
+    out = _core.decode(framework.bridge, arrays, (k_cache, v_cache), rotary_interleaved, (out, lse), options, handle)
     return finished(framework, out, lse)
 
 

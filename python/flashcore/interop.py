@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 from . import _core
@@ -69,7 +69,7 @@ class Framework:
         """A number per query row: q's dimensions in the given order, float32 (float64 for float64)."""
         shape = self.shape(q)
         name = "float64" if self.is_dtype(self.dtype(q), "float64") else "float32"
-        rows = tuple(shape[i] for i in order) if len(shape) > max(order) else shape
+        rows = tuple(shape[i] for i in order) if len(shape) > len(order) else shape
         return self.empty(rows, self.named_dtype(name), q, stream)
 
     def like(self, array: Any, stream: Optional[int]) -> Any:
@@ -114,7 +114,7 @@ class NumPyLike(Framework):
 
     def rows(self, q: Any, order: tuple[int, ...], stream: Optional[int]) -> Any:
         shape = q.shape
-        rows = tuple([shape[i] for i in order]) if len(shape) > max(order) else shape
+        rows = tuple([shape[i] for i in order]) if len(shape) > len(order) else shape
         return self.empty(rows, q.dtype if q.dtype.itemsize == 8 else self._float32, q, stream)
 
     def reinterpret(self, array: Any, name: str) -> tuple[Any, str]:
@@ -219,8 +219,16 @@ class Torch(Framework):
     def is_dtype(self, dtype: Any, name: str) -> bool:
         return dtype is self.dtypes[name]
 
-    def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
-        return like.new_empty(shape, dtype=dtype)
+    def empty(self, shape: Sequence[int], dtype: Any, like: Any, stream: Optional[int]) -> Any:
+        if not shape:
+            return like.new_empty(shape, dtype=dtype)
+        # torch reads sizes quicker than a tuple of sizes, and nothing quicker than a dtype
+        return like.new_empty(*shape) if dtype is like.dtype else like.new_empty(*shape, dtype=dtype)
+
+    def rows(self, q: Any, order: tuple[int, ...], stream: Optional[int]) -> Any:
+        shape, dtype = q.shape, q.dtype
+        rows = [shape[i] for i in order] if len(shape) > len(order) else shape
+        return self.empty(rows, dtype if dtype is self.dtypes["float64"] else self.dtypes["float32"], q, stream)
 
 
 class Jax(Framework):
