@@ -39,6 +39,11 @@ def measure(name: str, q: Any, k: Any, v: Any, calls: int, repeats: int) -> None
     def core() -> None:
         _core.forward(framework.bridge, arrays, (out, None), options, -1, -1, None)
 
+    sdpa = None
+    if name.startswith("torch"):
+        import torch
+
+        sdpa = torch.nn.functional.scaled_dot_product_attention
     native = min(_core.time_forward(framework.bridge, arrays, (out, None), options, calls) for _ in range(repeats))
     base = native * 1e6
     samples = {
@@ -50,6 +55,8 @@ def measure(name: str, q: Any, k: Any, v: Any, calls: int, repeats: int) -> None
             lambda: fc.attention(q, k, v, causal=True, return_lse=True), calls, repeats
         ),
     }
+    if sdpa is not None:
+        samples["torch's scaled_dot_product_attention"] = microseconds(lambda: sdpa(q, k, v), calls, repeats)
     print(f"{name}, {tuple(q.shape)}, {q.dtype}: the C++ call takes {base:.2f} us")
     for what, cost in samples.items():
         print(f"  {what:<44}{cost:8.2f} us{cost - base:+8.2f} us")
@@ -59,9 +66,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--seqlen", type=int, default=1)
+    parser.add_argument("--head-dim", type=int, default=8)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((1, 1, 1, 8)).astype(np.float32) for _ in range(3))
+    shape = (1, 1, arguments.seqlen, arguments.head_dim)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
     measure("numpy", q, k, v, arguments.calls, arguments.repeats)
     if importlib.util.find_spec("torch"):
         import torch

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -13,8 +14,11 @@
 namespace flashcore {
 namespace {
 
+using detail::byte_range;
+using detail::ByteRange;
 using detail::is_same_view;
 using detail::may_overlap;
+using detail::meet;
 using detail::overlaps_itself;
 
 using Sizes = std::vector<std::int64_t>;
@@ -129,21 +133,51 @@ std::vector<std::int64_t> bytes_of(const TensorView& t) {
   return bytes;
 }
 
+TensorView random_view(testing::Random& random) {
+  constexpr DType kDTypes[] = {DType::boolean, DType::float16, DType::float32, DType::float64};
+  Sizes shape;
+  Sizes stride;
+  for (std::int64_t rank = random.integer(0, 4); rank > 0; --rank) {
+    shape.push_back(random.integer(0, 15) == 0 ? 0 : random.integer(1, 4));
+    stride.push_back(random.integer(-24, 24));
+  }
+  return view(4096 + random.integer(0, 60), shape, stride, kDTypes[random.integer(0, 3)]);
+}
+
+TEST(ByteRange, EndsAtTheOutermostBytes) {
+  testing::Random random(43);
+  const auto origin = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory));
+  for (int round = 0; round < 2000; ++round) {
+    const TensorView t = random_view(random);
+    const std::vector<std::int64_t> bytes = bytes_of(t);
+    const ByteRange range = byte_range(t);
+    if (bytes.empty()) {
+      ASSERT_EQ(range.begin, range.end) << describe(t);
+      continue;
+    }
+    const auto [first, last] = std::minmax_element(bytes.begin(), bytes.end());
+    ASSERT_EQ(range.begin, origin + *first) << describe(t);
+    ASSERT_EQ(range.end, origin + *last + 1) << describe(t);
+  }
+}
+
+TEST(ByteRange, MeetsEveryOtherWhereStridesReachTooFar) {
+  const ByteRange far = byte_range(view(0, {3, 4}, {INT64_MAX / 2, 1}));
+  EXPECT_TRUE(meet(far, byte_range(view(4096, {4}, {1}))));
+  EXPECT_TRUE(meet(byte_range(view(4096, {4}, {1})), far));
+}
+
+TEST(ByteRange, NeighboursDoNotMeet) {
+  const ByteRange left = byte_range(view(0, {8}, {1}));
+  EXPECT_FALSE(meet(left, byte_range(view(32, {8}, {1}))));
+  EXPECT_TRUE(meet(left, byte_range(view(31, {8}, {1}))));
+}
+
 TEST(Overlap, AgreesWithTheBytesOfRandomViews) {
   testing::Random random(42);
-  constexpr DType kDTypes[] = {DType::boolean, DType::float16, DType::float32, DType::float64};
-  const auto random_view = [&] {
-    Sizes shape;
-    Sizes stride;
-    for (std::int64_t rank = random.integer(0, 4); rank > 0; --rank) {
-      shape.push_back(random.integer(0, 15) == 0 ? 0 : random.integer(1, 4));
-      stride.push_back(random.integer(-24, 24));
-    }
-    return view(4096 + random.integer(0, 60), shape, stride, kDTypes[random.integer(0, 3)]);
-  };
   for (int round = 0; round < 20000; ++round) {
-    const TensorView a = random_view();
-    TensorView b = random_view();
+    const TensorView a = random_view(random);
+    TensorView b = random_view(random);
     if (round % 2 == 0) {  // a shifted copy of a: the hardest to tell apart
       void* const data = b.data;
       b = a;

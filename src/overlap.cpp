@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace flashcore::detail {
 namespace {
@@ -95,7 +96,36 @@ Extent extent_of(const TensorView& t) {
   return e;
 }
 
+/// True if every stride steps over all that the dimensions after it span: row-major, with or without gaps.
+bool is_row_major(const TensorView& t) {
+  std::int64_t end = 1;  // elements spanned by the dimensions so far
+  for (int i = t.rank - 1; i >= 0; --i) {
+    if (t.shape[i] == 1) continue;
+    std::int64_t span = 0;
+    if (t.stride[i] < end || __builtin_mul_overflow(t.stride[i], t.shape[i] - 1, &span) ||
+        __builtin_add_overflow(end, span, &end))
+      return false;
+  }
+  return true;
+}
+
 }  // namespace
+
+ByteRange byte_range(const TensorView& t) {
+  const auto size = static_cast<std::int64_t>(size_of(t.dtype));
+  const auto data = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(t.data));
+  ByteRange range{data, data};
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.shape[i] <= 0) return {data, data};
+    std::int64_t span = 0;
+    std::int64_t& side = t.stride[i] < 0 ? range.begin : range.end;
+    if (__builtin_mul_overflow(t.stride[i], t.shape[i] - 1, &span) || __builtin_mul_overflow(span, size, &span) ||
+        __builtin_add_overflow(side, span, &side))
+      return {std::numeric_limits<std::int64_t>::min(), std::numeric_limits<std::int64_t>::max()};
+  }
+  if (t.rank >= 0) range.end += size;
+  return range;
+}
 
 bool may_overlap(const TensorView& a, const TensorView& b) {
   if (is_empty(a) || is_empty(b)) return false;
@@ -117,7 +147,7 @@ bool may_overlap(const TensorView& a, const TensorView& b) {
 }
 
 bool overlaps_itself(const TensorView& t) {
-  if (is_empty(t)) return false;
+  if (is_empty(t) || is_row_major(t)) return false;
   Extent e = extent_of(t);
   if (!e.fits) return true;
   std::sort(e.dims, e.dims + e.rank, [](const Term& x, const Term& y) { return x.stride < y.stride; });

@@ -2,7 +2,6 @@
 #include "tensor_checks.h"
 
 #include "flashcore/error.h"
-#include "overlap.h"
 
 namespace flashcore::detail {
 namespace {
@@ -52,9 +51,10 @@ void TensorReader::require_device(const TensorView& t, const char* name) const {
 }
 
 void TensorReader::require_dtype(const TensorView& t, const char* name, std::initializer_list<DType> allowed) const {
+  for (const DType dtype : allowed)
+    if (t.dtype == dtype) return;
   std::string names;
   for (const DType dtype : allowed) {
-    if (t.dtype == dtype) return;
     const std::string each = flashcore::name_of(dtype);
     if (names.find(each) == std::string::npos) names += (names.empty() ? "" : " or ") + each;
   }
@@ -160,7 +160,7 @@ const std::int32_t* TensorReader::lengths(const TensorView& t, const char* name,
 }
 
 void TensorReader::add(const TensorView& t, const char* name, bool written) {
-  if (t) entries_[count_++] = {&t, name, written};
+  if (t) entries_[count_++] = {&t, name, byte_range(t), written};
 }
 
 void TensorReader::finish(bool check_null) const {
@@ -175,7 +175,7 @@ void TensorReader::finish(bool check_null) const {
     for (int r = 0; r < count_; ++r) {
       const Entry& other = entries_[r];
       if (r == w || (other.written && r < w) || !entry.tensor->data || !other.tensor->data) continue;
-      if (may_overlap(*entry.tensor, *other.tensor))
+      if (meet(entry.range, other.range) && may_overlap(*entry.tensor, *other.tensor))
         throw InvalidArgument(std::string(entry.name) + " overlaps " + other.name +
                               " in memory; it is written while the other is read, so it needs memory of its own");
     }

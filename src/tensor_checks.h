@@ -7,6 +7,7 @@
 
 #include "flashcore/attention.h"
 #include "kernels/params.h"
+#include "overlap.h"
 
 namespace flashcore::detail {
 
@@ -56,6 +57,7 @@ class TensorReader {
   struct Entry {
     const TensorView* tensor;
     const char* name;
+    ByteRange range;
     bool written;
   };
 

@@ -18,8 +18,9 @@ constexpr std::int64_t kMaxHeadDim = 256;
 /// Builds one Call: each member function takes in one group of arguments.
 class CallBuilder {
  public:
-  CallBuilder(Phase phase, const AttentionOptions& options, Device device)
-      : options_(options), layout_(options.layout), read_(device, options.layout) {
+  /// `call` is the one that is built.
+  CallBuilder(Call& call, Phase phase, const AttentionOptions& options, Device device)
+      : options_(options), layout_(options.layout), read_(device, options.layout), call_(call) {
     call_.device = device;
     problem().phase = phase;
   }
@@ -35,7 +36,7 @@ class CallBuilder {
   void take_descales(const TensorView& q, const TensorView& k, const TensorView& v);
   void take_outputs(const AttentionOutputs& outputs);
   void take_gradients(const AttentionInputs& in, const AttentionCotangents& cotangents, const AttentionGrads& grads);
-  Call finish(Check check, Stream stream);
+  void finish(Check check, Stream stream);
 
  private:
   Problem& problem() { return call_.problem; }
@@ -51,7 +52,7 @@ class CallBuilder {
   const AttentionOptions& options_;
   Layout layout_;
   TensorReader read_;
-  Call call_;
+  Call& call_;
   Rows q_;
   Rows k_;
   Rows v_;
@@ -426,18 +427,17 @@ void CallBuilder::fill_size_params() {
     out.dropout = {p.seed, static_cast<std::uint32_t>(std::floor(std::ldexp(p.dropout_p, 32))), 1 / (1 - p.dropout_p)};
 }
 
-Call CallBuilder::finish(Check check, Stream stream) {
+void CallBuilder::finish(Check check, Stream stream) {
   read_.finish(check == Check::everything);
   if (read_.unaligned()) problem().flags |= kUnaligned;
   normalise(problem());
   fill_size_params();
   if (check == Check::everything) check_lengths(problem(), params(), call_.device, stream);
-  return call_;
 }
 
-CallBuilder common_part(Phase phase, const AttentionInputs& in, const AttentionOutputs& outputs,
+CallBuilder common_part(Call& call, Phase phase, const AttentionInputs& in, const AttentionOutputs& outputs,
                         const AttentionOptions& options) {
-  CallBuilder builder(phase, options, in.q.device);
+  CallBuilder builder(call, phase, options, in.q.device);
   builder.take_qkv(in.q, in.k, in.v);
   builder.take_sequences(in.sequences);
   builder.take_options();
@@ -451,19 +451,24 @@ CallBuilder common_part(Phase phase, const AttentionInputs& in, const AttentionO
 
 Call validate(const AttentionInputs& inputs, const AttentionOutputs& outputs, const AttentionOptions& options,
               Check check, Stream stream) {
-  return common_part(Phase::forward, inputs, outputs, options).finish(check, stream);
+  Call call;
+  common_part(call, Phase::forward, inputs, outputs, options).finish(check, stream);
+  return call;
 }
 
 Call validate(const AttentionInputs& inputs, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
               const AttentionGrads& grads, const AttentionOptions& options, Check check, Stream stream) {
-  CallBuilder builder = common_part(Phase::backward, inputs, outputs, options);
+  Call call;
+  CallBuilder builder = common_part(call, Phase::backward, inputs, outputs, options);
   builder.take_gradients(inputs, cotangents, grads);
-  return builder.finish(check, stream);
+  builder.finish(check, stream);
+  return call;
 }
 
 Call validate(const DecodeInputs& in, const AttentionOutputs& outputs, const AttentionOptions& options, Check check,
               Stream stream) {
-  CallBuilder builder(Phase::decode, options, in.q.device);
+  Call call;
+  CallBuilder builder(call, Phase::decode, options, in.q.device);
   builder.take_caches(in);
   builder.take_new_keys(in);
   builder.take_rotary(in.rotary, in.q);
@@ -471,7 +476,8 @@ Call validate(const DecodeInputs& in, const AttentionOutputs& outputs, const Att
   builder.take_score_tensors(in.mask, in.bias, in.alibi_slopes, in.sinks);
   builder.take_descales(in.q_descale, in.k_descale, in.v_descale);
   builder.take_outputs(outputs);
-  return builder.finish(check, stream);
+  builder.finish(check, stream);
+  return call;
 }
 
 }  // namespace flashcore::detail

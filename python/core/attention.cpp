@@ -4,12 +4,14 @@
 #include <nanobind/stl/string_view.h>
 
 #include <chrono>
+#include <optional>
 
 #include "bindings.h"
 #include "bridge.h"
 #include "flashcore/attention.h"
 #include "flashcore/error.h"
 #include "flashcore/memory.h"
+#include "shortcut.h"
 
 namespace flashcore::python {
 
@@ -132,31 +134,59 @@ nb::typed<nb::tuple, bool, std::string, std::string> to_tuple(const Support& sup
 // ---- calls -------------------------------------------------------------------------------------------------------
 
 /// A new array for out, made by the framework. Its short cut will do where out has q's shape and dtype and q is dense.
-nb::object new_result(const Bridge& bridge, nb::handle arrays, const AttentionInputs& in, nb::handle stream) {
-  const TensorView &q = in.q, &v = in.v;
-  const nb::handle q_array = PyTuple_GetItem(arrays.ptr(), 0);
-  if (!bridge.empty_like.is_none() && q.rank > 0 && v.rank > 0 && q.shape[q.rank - 1] == v.shape[v.rank - 1] &&
-      q.dtype != DType::float8_e4m3 && q.stride == dense(q).stride)
-    return bridge.empty_like(q_array);
-  return bridge.result(q_array, nb::handle(PyTuple_GetItem(arrays.ptr(), 2)), stream);
+nb::object new_result(const Bridge& bridge, nb::handle q_array, nb::handle v_array, const TensorView& q,
+                      const TensorView& v, nb::handle stream) {
+  if (!bridge.empty_like.is_none() && q_array.type().is(bridge.type) && q.rank > 0 && v.rank > 0 &&
+      q.shape[q.rank - 1] == v.shape[v.rank - 1] && q.dtype != DType::float8_e4m3 && q.stride == dense(q).stride)
+    return ask(bridge.empty_like, q_array);
+  return bridge.result(q_array, v_array, stream);
+}
+
+/// The array for out: the one given, or a new one, which `out` then looks at.
+nb::object take_out(Reader& reader, const Bridge& bridge, nb::handle results, AttentionOutputs& out, nb::handle q_array,
+                    nb::handle v_array, const TensorView& q, const TensorView& v, nb::handle stream) {
+  if (out.out || !v) return nb::borrow(PyTuple_GetItem(results.ptr(), 0));
+  nb::object made = new_result(bridge, q_array, v_array, q, v, stream);
+  out.out = reader.read(made, "out", Access::fresh);
+  return made;
 }
 
 /// Returns out: the array given, or a new one.
 nb::object forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
                    std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
-  Reader reader(bridge, stream);
+  Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
   AttentionOutputs out = read_outputs(reader, results);
-  nb::object out_array = nb::borrow(PyTuple_GetItem(results.ptr(), 0));
-  if (!out.out && in.v) {
-    out_array = new_result(bridge, arrays, in, stream);
-    out.out = reader.read(out_array, "out", Access::write);
-  }
+  nb::object out_array = take_out(reader, bridge, results, out, PyTuple_GetItem(arrays.ptr(), 0),
+                                  PyTuple_GetItem(arrays.ptr(), 2), in.q, in.v, stream);
   const Stream run_on = reader.stream(in.q.device);
   nb::gil_scoped_release release;
   attention_forward(in, out, options.value, run_on);
   return out_array;
 }
+
+/// Work of a few microseconds, for which handing the interpreter to other threads and back does not pay.
+bool is_tiny(const TensorView& q, const TensorView& k) {
+  constexpr double kLimit = 1 << 22;
+  return q.device.type == DeviceType::cpu && static_cast<double>(q.numel()) * static_cast<double>(k.numel()) <= kLimit;
+}
+
+}  // namespace
+
+nb::object attend(const Bridge& bridge, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
+                  const AttentionOptions& options) {
+  Reader reader(bridge, nb::none(), Grads::mentioned);
+  const AttentionInputs in{.q = reader.read(q, "q"), .k = reader.read(k, "k"), .v = reader.read(v, "v")};
+  nb::object result = out.is_none() ? new_result(bridge, q, v, in.q, in.v, nb::none()) : nb::borrow(out);
+  const AttentionOutputs written{.out = reader.read(result, "out", out.is_none() ? Access::fresh : Access::write)};
+  const Stream run_on = reader.stream(in.q.device);
+  std::optional<nb::gil_scoped_release> release;
+  if (!is_tiny(in.q, in.k)) release.emplace();
+  attention_forward(in, written, options, run_on);
+  return result;
+}
+
+namespace {
 
 /// Seconds that the library's own call takes, without anything of Python: what `bench/overhead.py` compares with.
 double time_forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options, int calls) {
@@ -170,20 +200,24 @@ double time_forward(const Bridge& bridge, nb::handle arrays, nb::handle results,
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / calls;
 }
 
-void decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved, nb::handle results,
-            const Options& options, nb::handle stream) {
-  Reader reader(bridge, stream);
+/// Returns out: the array given, or a new one.
+nb::object decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved, nb::handle results,
+                  const Options& options, nb::handle stream) {
+  Reader reader(bridge, stream, Grads::mentioned);
   const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
-  const AttentionOutputs out = read_outputs(reader, results);
+  AttentionOutputs out = read_outputs(reader, results);
+  nb::object out_array = take_out(reader, bridge, results, out, PyTuple_GetItem(arrays.ptr(), 0),
+                                  PyTuple_GetItem(caches.ptr(), 1), in.q, in.v_cache, stream);
   const Stream run_on = reader.stream(in.q.device);
   nb::gil_scoped_release release;
   attention_decode(in, out, options.value, run_on);
+  return out_array;
 }
 
 /// `cotangents` is (dout, dlse), `gradients` (dq, dk, dv, dbias, dsinks).
 void backward(const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents, nb::handle gradients,
               const Options& options, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
-  Reader reader(bridge, stream);
+  Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs out = read_outputs(reader, results, Access::read);
   AttentionCotangents above;
@@ -200,7 +234,7 @@ void backward(const Bridge& bridge, nb::handle arrays, nb::handle results, nb::h
 
 /// `states` is (out_a, lse_a, out_b, lse_b), `results` (out, lse).
 void merge(const Bridge& bridge, nb::handle states, nb::handle results, int layout, nb::handle stream) {
-  Reader reader(bridge, stream);
+  Reader reader(bridge, stream, Grads::mentioned);
   AttentionState a, b;
   read_all(reader, states, {{"out_a", &a.out}, {"lse_a", &a.lse}, {"out_b", &b.out}, {"lse_b", &b.lse}});
   const AttentionOutputs merged = read_outputs(reader, results);
@@ -267,7 +301,7 @@ void bind_questions(nb::module_& m) {
 
 void run_forward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle results,
                  std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
-  Reader reader(bridge, stream);
+  Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs out = read_outputs(reader, results);
   const Stream run_on = reader.stream(in.q.device);
@@ -278,7 +312,7 @@ void run_forward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arr
 
 void run_decode(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved,
                 nb::handle results, nb::handle stream) {
-  Reader reader(bridge, stream);
+  Reader reader(bridge, stream, Grads::mentioned);
   const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
   const AttentionOutputs out = read_outputs(reader, results);
   const Stream run_on = reader.stream(in.q.device);

@@ -39,6 +39,19 @@ TensorView view_of(dl::Tensor tensor, const char* name, const std::string& meant
                     qualified_name(bridge.type) + "; all arrays of a call must come from one framework");
 }
 
+constexpr std::size_t kMaxKeywords = 2;
+
+/// The keywords of `__dlpack__` in the form of a vector call.
+void prepare_keywords(Bridge& bridge) {
+  nb::list names;
+  for (auto [name, value] : nb::borrow<nb::dict>(bridge.keywords)) {
+    names.append(name);
+    bridge.keyword_values.push_back(nb::borrow(value));
+  }
+  if (bridge.keyword_values.size() > kMaxKeywords) throw InvalidArgument("__dlpack__ is given 2 keywords at most");
+  bridge.keyword_names = nb::tuple(names);
+}
+
 bool on_cuda(nb::handle array) {
   return nb::hasattr(array, "__dlpack_device__") && nb::cast<int>(array.attr("__dlpack_device__")()[0]) == dl::kCuda;
 }
@@ -55,7 +68,15 @@ const dl::ExchangeApi* exchange_api(nb::handle type) {
   return api && api->dltensor_from_py_object_no_sync ? api : nullptr;
 }
 
-Reader::Reader(const Bridge& bridge, nb::handle stream) : bridge_(bridge), stream_(stream) { owners_.reserve(8); }
+nb::object ask(nb::handle function, nb::handle array) {
+  PyObject* argument = array.ptr();
+  nb::object answer = nb::steal(nb::detail::vectorcall(function.ptr(), &argument, 1, nullptr));
+  if (!answer.is_valid()) throw nb::python_error();
+  return answer;
+}
+
+Reader::Reader(const Bridge& bridge, nb::handle stream, Grads grads)
+    : bridge_(bridge), stream_(stream), grads_(grads) {}
 
 Stream Reader::stream(Device device) const {
   if (device.type == DeviceType::cpu) return nullptr;
@@ -73,13 +94,26 @@ Stream Reader::stream(Device device) const {
 TensorView Reader::read(nb::handle array, const char* name, Access access) {
   if (array.is_none()) return {};
   auto* type = reinterpret_cast<PyTypeObject*>(bridge_.type.ptr());
-  if (PyType_IsSubtype(Py_TYPE(array.ptr()), type)) {
-    if (access == Access::write && bridge_.immutable)
+  if (PyObject_TypeCheck(array.ptr(), type)) {
+    if (access != Access::read && bridge_.immutable)
       refuse_write(name, "a " + qualified_name(bridge_.type) + " is immutable");
+    if (access != Access::fresh && !bridge_.inspect.is_none()) inspect(array, access);
     return read_foreign(array, name, access);
   }
   if (nb::isinstance<Array>(array)) return nb::cast<const Array&>(array).view();
   refuse_type(bridge_, array, name);
+}
+
+/// Asks the two quick questions; what needs a closer look is the framework's own business.
+void Reader::inspect(nb::handle array, Access access) const {
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  bool suspect = ask(bridge_.is_negated, array).is(Py_True);
+  if (!suspect && access == Access::read && grads_ == Grads::mentioned && bridge_.wary_of_grad) {
+    const nb::object wants_grad = nb::steal(PyObject_GetAttr(array.ptr(), requires_grad));
+    if (!wants_grad.is_valid()) throw nb::python_error();
+    suspect = wants_grad.is(Py_True);
+  }
+  if (suspect) bridge_.inspect(array);
 }
 
 TensorView Reader::read_foreign(nb::handle array, const char* name, Access access) {
@@ -88,7 +122,7 @@ TensorView Reader::read_foreign(nb::handle array, const char* name, Access acces
   nb::object answer = bridge_.reinterpret(array, name);
   std::optional<TensorView> view = try_export(answer[0], name, access, nb::cast<std::string>(answer[1]));
   if (!view) throw InvalidType(std::string(name) + ": the array cannot be exported by DLPack");
-  owners_.push_back(answer);
+  keep(std::move(answer));
   return *view;
 }
 
@@ -119,35 +153,41 @@ TensorView Reader::read_capsule(nb::object capsule, const char* name, Access acc
   } else {
     throw InvalidType(std::string(name) + ": __dlpack__ returned something that is not a DLPack capsule");
   }
-  if (access == Access::write && read_only) refuse_write(name, "the array is read-only");
+  if (access != Access::read && read_only) refuse_write(name, "the array is read-only");
   const TensorView view = view_of(*tensor, name, meant);
-  owners_.push_back(std::move(capsule));
+  keep(std::move(capsule));
   return view;
 }
 
 /// Calls `__dlpack__`; an invalid object where the array refuses.
 nb::object Reader::call_dlpack(nb::handle array) const {
   static PyObject* const method_name = PyUnicode_InternFromString("__dlpack__");
-  static PyObject* const no_arguments = PyTuple_New(0);
-  nb::object method = nb::steal(PyObject_GetAttr(array.ptr(), method_name));
   nb::object capsule;
-  if (method.is_valid()) {
-    nb::object keywords = bridge_.keywords;
-    if (bridge_.ordered && on_cuda(array)) {
-      nb::dict with_stream;
-      with_stream.update(nb::borrow<nb::dict>(keywords));
-      const std::uintptr_t stream = stream_.is_none() ? 0 : nb::cast<std::uintptr_t>(stream_);
-      with_stream["stream"] = stream == 0 ? 1 : stream;  // DLPack's word for the legacy default stream is 1
-      keywords = with_stream;
-    }
-    capsule = nb::steal(PyObject_Call(method.ptr(), no_arguments, keywords.ptr()));
-    if (!capsule.is_valid() && PyErr_ExceptionMatches(PyExc_TypeError)) {  // an older library, without max_version
-      PyErr_Clear();
-      capsule = nb::steal(PyObject_Call(method.ptr(), no_arguments, nullptr));
-    }
+  if (bridge_.ordered && on_cuda(array)) {
+    nb::dict keywords;
+    keywords.update(nb::borrow<nb::dict>(bridge_.keywords));
+    const std::uintptr_t stream = stream_.is_none() ? 0 : nb::cast<std::uintptr_t>(stream_);
+    keywords["stream"] = stream == 0 ? 1 : stream;  // DLPack's word for the legacy default stream is 1
+    const nb::object method = nb::steal(PyObject_GetAttr(array.ptr(), method_name));
+    if (method.is_valid()) capsule = nb::steal(PyObject_Call(method.ptr(), nb::tuple().ptr(), keywords.ptr()));
+  } else {
+    PyObject* arguments[1 + kMaxKeywords] = {array.ptr()};
+    for (std::size_t i = 0; i < bridge_.keyword_values.size(); ++i) arguments[1 + i] = bridge_.keyword_values[i].ptr();
+    capsule = nb::steal(nb::detail::vectorcall_method(method_name, arguments, 1, bridge_.keyword_names.ptr()));
+  }
+  if (!capsule.is_valid() && PyErr_ExceptionMatches(PyExc_TypeError)) {  // an older library, without max_version
+    PyErr_Clear();
+    PyObject* self = array.ptr();
+    capsule = nb::steal(nb::detail::vectorcall_method(method_name, &self, 1, nullptr));
   }
   if (!capsule.is_valid()) PyErr_Clear();
   return capsule;
+}
+
+/// Keeps an object until the reader goes.
+void Reader::keep(nb::object owner) {
+  if (owners_.empty()) owners_.reserve(8);
+  owners_.push_back(std::move(owner));
 }
 
 void bind_bridge(nb::module_& m) {
@@ -155,16 +195,31 @@ void bind_bridge(nb::module_& m) {
       .def(
           "__init__",
           [](Bridge* self, nb::object type, nb::dict keywords, nb::object reinterpret, nb::object result,
-             nb::object current_stream, nb::object empty_like, bool exchange, bool ordered, bool immutable) {
-            const dl::ExchangeApi* api = exchange ? exchange_api(type) : nullptr;
-            new (self) Bridge{type, keywords, reinterpret, current_stream, result, empty_like, api, ordered, immutable};
+             nb::object current_stream, nb::object empty_like, nb::object inspect, nb::object is_negated, bool exchange,
+             bool ordered, bool immutable) {
+            new (self) Bridge{.type = type,
+                              .keywords = keywords,
+                              .reinterpret = reinterpret,
+                              .current_stream = current_stream,
+                              .result = result,
+                              .empty_like = empty_like,
+                              .inspect = inspect,
+                              .is_negated = is_negated,
+                              .api = exchange ? exchange_api(type) : nullptr,
+                              .ordered = ordered,
+                              .immutable = immutable,
+                              .wary_of_grad = !inspect.is_none()};
+            prepare_keywords(*self);
           },
           nb::arg("type"), nb::arg("keywords"), nb::arg("reinterpret"), nb::arg("result"),
           nb::arg("current_stream").none() = nb::none(), nb::arg("empty_like").none() = nb::none(),
+          nb::arg("inspect").none() = nb::none(), nb::arg("is_negated").none() = nb::none(),
           nb::arg("exchange") = false, nb::arg("ordered") = false, nb::arg("immutable") = false,
           nb::sig("def __init__(self, type: type, keywords: dict[str, object], reinterpret: object, result: object, "
-                  "current_stream: object = None, empty_like: object = None, exchange: bool = False, "
-                  "ordered: bool = False, immutable: bool = False) -> None"))
+                  "current_stream: object = None, empty_like: object = None, inspect: object = None, "
+                  "is_negated: object = None, exchange: bool = False, ordered: bool = False, "
+                  "immutable: bool = False) -> None"))
+      .def_rw("wary_of_grad", &Bridge::wary_of_grad)
       .def_prop_ro("has_exchange_api", [](const Bridge& self) { return self.api != nullptr; })
       .def(
           "describe",

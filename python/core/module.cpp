@@ -5,6 +5,7 @@
 #include "bindings.h"
 #include "bridge.h"
 #include "flashcore/device.h"
+#include "shortcut.h"
 
 NB_MODULE(_core, m) {
   using namespace flashcore::python;
@@ -16,6 +17,7 @@ NB_MODULE(_core, m) {
   bind_bridge(m);
   bind_array(m);
   bind_attention(m);
+  bind_shortcut(m);
   bind_primitives(m);
   bind_memory(m);
   bind_device(m);

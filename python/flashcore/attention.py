@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Optional
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any, Optional, TypeVar, cast
 
 from . import _core
 from .interop import Framework, classify, known, stream_handle
 from .options import LAYOUTS, ROW_ORDER, Causal, Layout, Window, convert, word
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
+
+def _shortcut(function: _Function) -> _Function:
+    """The same function; calls with no more than arrays, causal, scale, layout and out are made without entering it."""
+    return cast(_Function, update_wrapper(cast(Any, _core.shortcut(function, known)), function))
+
+
+@_shortcut
 def attention(
     q: Any,
     k: Any = None,
@@ -219,11 +229,10 @@ def attention_decode(
     options = convert(
         layout, "bottom_right" if causal is True else causal, window, scale, softcap, 0.0, 0, False, kernel
     )
-    if framework.inspect is not None:
-        framework.inspect((*arrays, k_cache, v_cache))
     handle = None if stream is None else stream_handle(stream)
-    out, lse = results(framework, q, v_cache, layout, return_lse, out, lse, handle)
-    _core.decode(framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, handle)
+    if return_lse and lse is None:
+        lse = framework.rows(q, ROW_ORDER[layout], handle)
+    out = _core.decode(framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, handle)
     return finished(framework, out, lse)
 
 
@@ -317,8 +326,6 @@ def merge_states(
     """
     framework = known.get(type(out_a)) or classify(out_a, "out_a")
     number = word("layout", layout, LAYOUTS)
-    if framework.inspect is not None:
-        framework.inspect((out_a, lse_a, out_b, lse_b))
     handle = None if stream is None else stream_handle(stream)
     if out is None:
         out = framework.like(out_a, handle)
@@ -350,8 +357,6 @@ def gradients(
     """(dq, dk, dv, dbias, dsinks): those wanted, written to the arrays given or to new ones; None for the others."""
     q, k, v, bias, sinks = inputs[0], inputs[1], inputs[2], inputs[4], inputs[6]
     framework = known.get(type(q)) or classify(q)
-    if framework.inspect is not None:
-        framework.inspect((*inputs, *outputs, *cotangents))
     handle = None if stream is None else stream_handle(stream)
     try:
         grads = [
@@ -400,8 +405,6 @@ def _forward(
     lse: Any,
     stream: Any,
 ) -> Any:
-    if framework.inspect is not None:
-        framework.inspect(arrays)
     if stream is not None:
         stream = stream_handle(stream)
     if return_lse and lse is None:

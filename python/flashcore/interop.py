@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 from . import _core
@@ -35,8 +35,6 @@ def qualified(kind: type) -> str:
 class Framework:
     """One framework's way of doing things. This base serves any DLPack producer and answers with `flashcore.Array`."""
 
-    #: checks the arrays of a call before it is made, where there is something to check
-    inspect: Optional[Callable[[tuple[Any, ...]], None]] = None
     #: turns a result into the framework's own type, where it was not allocated as one
     finish: Optional[Callable[[Any], Any]] = None
 
@@ -72,7 +70,7 @@ class Framework:
         """A number per query row: q's dimensions in the given order, float32 (float64 for float64)."""
         shape = self.shape(q)
         name = "float64" if self.is_dtype(self.dtype(q), "float64") else "float32"
-        rows = tuple(shape[i] for i in order) if len(shape) > max(order) else shape
+        rows = tuple(shape[i] for i in order) if len(shape) > len(order) else shape
         return self.empty(rows, self.named_dtype(name), q, stream)
 
     def like(self, array: Any, stream: Optional[int]) -> Any:
@@ -117,7 +115,7 @@ class NumPyLike(Framework):
 
     def rows(self, q: Any, order: tuple[int, ...], stream: Optional[int]) -> Any:
         shape = q.shape
-        rows = tuple([shape[i] for i in order]) if len(shape) > max(order) else shape
+        rows = tuple([shape[i] for i in order]) if len(shape) > len(order) else shape
         return self.empty(rows, q.dtype if q.dtype.itemsize == 8 else self._float32, q, stream)
 
     def reinterpret(self, array: Any, name: str) -> tuple[Any, str]:
@@ -140,7 +138,9 @@ class NumPyLike(Framework):
 class NumPy(NumPyLike):
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.ndarray)
-        self.bridge = _core.Bridge(module.ndarray, _VERSIONED, self.reinterpret, self.result)
+        self.bridge = _core.Bridge(
+            module.ndarray, _VERSIONED, self.reinterpret, self.result, empty_like=module.empty_like
+        )
 
 
 class CuPy(NumPyLike):
@@ -169,7 +169,6 @@ class Torch(Framework):
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.warned = False
         if os.environ.get("FLASHCORE_THREADS", "openmp") == "openmp":
             _core.use_openmp_threads()  # torch's own: on the CPU, two sets of threads would contend
         self.float8 = getattr(module, "float8_e4m3fn", None)
@@ -182,30 +181,25 @@ class Torch(Framework):
             self.result,
             current_stream=self.current_stream,
             empty_like=module.empty_like,
+            inspect=self.inspect,
+            is_negated=module.Tensor.is_neg,
             exchange=True,
         )
 
     def current_stream(self, index: int) -> int:
         return int(self.module.cuda.current_stream(index).cuda_stream)
 
-    def inspect(self, tensors: tuple[Any, ...]) -> None:
-        try:
-            for tensor in tensors:
-                if tensor is not None and (tensor.is_neg() or (tensor.requires_grad and not self.warned)):
-                    self._inspect_closely(tensor)
-        except AttributeError:
-            pass  # not a tensor: the call itself says so
-
-    def _inspect_closely(self, tensor: Any) -> None:
+    def inspect(self, tensor: Any) -> None:
+        """Hears of a tensor that is negated or requires grad."""
         if tensor.is_neg():
             raise TypeError("a tensor with torch's lazy negation (as of .conj().imag) given; pass tensor.resolve_neg()")
-        if not self.warned and self.module.is_grad_enabled():
-            self.warned = True
+        if self.module.is_grad_enabled():
+            self.bridge.wary_of_grad = False  # once is enough
             warnings.warn(
                 "flashcore takes tensors that require grad as if detached: the result has no gradient. "
                 "The differentiable call is flashcore.torch.attention",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=_caller_level(),
             )
 
     def reinterpret(self, tensor: Any, name: str) -> tuple[Any, str]:
@@ -228,8 +222,16 @@ class Torch(Framework):
     def is_dtype(self, dtype: Any, name: str) -> bool:
         return dtype is self.dtypes[name]
 
-    def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
-        return like.new_empty(shape, dtype=dtype)
+    def empty(self, shape: Sequence[int], dtype: Any, like: Any, stream: Optional[int]) -> Any:
+        if not shape:
+            return like.new_empty(shape, dtype=dtype)
+        # torch reads sizes quicker than a tuple of sizes, and nothing quicker than a dtype
+        return like.new_empty(*shape) if dtype is like.dtype else like.new_empty(*shape, dtype=dtype)
+
+    def rows(self, q: Any, order: tuple[int, ...], stream: Optional[int]) -> Any:
+        shape, dtype = q.shape, q.dtype
+        rows = [shape[i] for i in order] if len(shape) > len(order) else shape
+        return self.empty(rows, dtype if dtype is self.dtypes["float64"] else self.dtypes["float32"], q, stream)
 
 
 class Jax(Framework):
@@ -304,6 +306,14 @@ def _classify_jax(array: Any, name: str) -> Framework:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(f"{name}: a JAX tracer given; inside jit, grad and vmap use flashcore.jax.attention")
     return Jax(jax, type(array))
+
+
+def _caller_level() -> int:
+    """The level, for `warnings.warn`, of the first frame outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def stream_handle(stream: Any) -> int:
