@@ -232,7 +232,9 @@ def attention_decode(
     handle = None if stream is None else stream_handle(stream)
     if return_lse and lse is None:
         lse = framework.rows(q, ROW_ORDER[layout], handle)
-    out = _core.decode(framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, handle)
+    out = _core.decode(
+        framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, handle
+    )
     return finished(framework, out, lse)
 
 

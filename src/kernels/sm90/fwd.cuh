@@ -115,6 +115,17 @@ __device__ __forceinline__ BlockRange key_blocks(const FwdArgs& args, int row) {
   return {begin / Traits::kBlockN, end <= begin ? 0 : (end + Traits::kBlockN - 1) / Traits::kBlockN};
 }
 
+/// The part of a tile's blocks that the consumer's rows from `top` on look at.
+template <class Traits>
+__device__ __forceinline__ BlockRange own_blocks(const FwdArgs& args, const BlockRange& blocks, int top) {
+  if constexpr (Traits::kEven) return blocks;
+  const int last = min(top + kRowsPerConsumer, args.seqlen_q) - 1;
+  if (last < top) return {blocks.begin, blocks.begin};
+  const int end = (args.window.end(last) + Traits::kBlockN - 1) / Traits::kBlockN;
+  const int begin = max(args.window.begin(top) / Traits::kBlockN, blocks.begin);
+  return {begin, max(begin, min(end, blocks.end))};
+}
+
 /// Stage and parity of the n-th use of a ring of buffers.
 template <int kStages>
 struct Ring {
@@ -266,6 +277,21 @@ struct Consumer {
     if (thread == 0) ptx::barrier_arrive(s_base + barriers + 8 * stage);
   }
 
+  /// Lets blocks pass that only other consumers look at. `turns` of them are taken and given on, as those do.
+  __device__ __forceinline__ void pass(int count, int turns) {
+    for (; count > 0; --count, --turns, ++kv_use) {
+      const int stage = KvRing::stage(kv_use);
+      // Not released before it is full: the next round's release could come in this one.
+      wait_full(Plan::kFullK, stage, KvRing::full_parity(kv_use));
+      release(Plan::kEmptyK, stage);
+      wait_full(Plan::kFullV, stage, KvRing::full_parity(kv_use));
+      release(Plan::kEmptyV, stage);
+      if (turns <= 0) continue;
+      take_turn();
+      give_turn();
+    }
+  }
+
   /// S = Q·Kᵀ, queued. Both tiles lie in panels of 64 columns; a step of 16 columns is 32 bytes in a panel's row.
   __device__ __forceinline__ void issue_scores(float (&s)[kBlockN / 2], int q_buffer, int stage) const {
     const std::uint64_t q = ptx::descriptor(
@@ -403,7 +429,8 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
   const int batch = tile.head / args.heads_q;
   const int head = tile.head - batch * args.heads_q;
   const int row = tile.m_block * kBlockM + row_in_tile();
-  const BlockRange blocks = key_blocks<Traits>(args, tile.m_block * kBlockM);
+  const BlockRange all = key_blocks<Traits>(args, tile.m_block * kBlockM);
+  const BlockRange blocks = own_blocks<Traits>(args, all, tile.m_block * kBlockM + consumer * kRowsPerConsumer);
   const int buffer = QRing::stage(q_use);
 
   float o[kHeadDim / 2];
@@ -419,6 +446,11 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
 
   wait_full(Plan::kFullQ, buffer, QRing::full_parity(q_use));
   ++q_use;
+  if (!Traits::kEven && all.begin < all.end) {
+    // Every consumer takes one turn less than the tile has blocks.
+    const int before = blocks.begin < blocks.end ? all.end - blocks.end : all.end - all.begin;
+    pass(before, blocks.begin < blocks.end ? before : before - 1);
+  }
   if (blocks.begin < blocks.end) {
     wait_full(Plan::kFullK, KvRing::stage(kv_use), KvRing::full_parity(kv_use));
     issue_scores(s, buffer, KvRing::stage(kv_use));
@@ -461,6 +493,7 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
     ptx::keep(o);
     release(Plan::kEmptyV, values);
     ++kv_use;
+    if (!Traits::kEven) pass(blocks.begin - all.begin, blocks.begin - all.begin);
   } else if (Traits::kTile.separate_out) {
     release(Plan::kEmptyQ, buffer);
   }
