@@ -7,7 +7,7 @@ set(_common -O3)
 if(FLASHCORE_SANITIZE)
   set(_common -O1)
 endif()
-list(APPEND _common -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi)
+list(APPEND _common -fno-exceptions -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND _common -fno-tree-vectorize)  # what is to be a vector is written as one
 else()
