@@ -32,7 +32,7 @@ __attribute__((noinline)) void add_values_with_weight(const ScoreTile& weights, 
       VecF sum = load(at);
       for (int j = 0; j < weights.keys; ++j) {
         const VecF weight = load(weights.row(j) + n * kLanes);
-        sum += weight * (weight != 0.f ? broadcast(v.data[j * v.stride + d]) : VecF{});
+        sum = multiply_add(weight, weight != 0.f ? broadcast(v.data[j * v.stride + d]) : VecF{}, sum);
       }
       store(at, sum);
     }

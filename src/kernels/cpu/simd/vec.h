@@ -83,6 +83,19 @@ FLASHCORE_INLINE bool any_lane(VecI mask) {
 #endif
 }
 
+/// a·b + c with one rounding where the products of this instruction set have one, whatever a compiler makes of it.
+FLASHCORE_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<VecF>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 /// 0, 1, 2, … as integers.
 FLASHCORE_INLINE VecI lane_numbers() {
   VecI v;
