@@ -37,14 +37,14 @@ FLASHCORE_INLINE bool in_pairs(std::int64_t dim) {
 
 /// The even and the odd elements of two vectors.
 FLASHCORE_INLINE void load_pair(const detail::BFloat16* p, VecF& even, VecF& odd) {
-  const VecU words = reinterpret_cast<VecU>(load(reinterpret_cast<const float*>(p)));
+  const VecU words = *reinterpret_cast<const UnalignedPairs*>(p);
   even = reinterpret_cast<VecF>(words << 16);
   odd = reinterpret_cast<VecF>(words & 0xffff0000u);
 }
 FLASHCORE_INLINE void store_pair(detail::BFloat16* p, VecF even, VecF odd) {
   const VecU low = __builtin_convertvector(narrow(even, detail::BFloat16{}), VecU);
   const VecU high = __builtin_convertvector(narrow(odd, detail::BFloat16{}), VecU);
-  store(reinterpret_cast<float*>(p), reinterpret_cast<VecF>(low | (high << 16)));
+  *reinterpret_cast<UnalignedPairs*>(p) = low | (high << 16);
 }
 template <class T>
 FLASHCORE_INLINE void load_pair(const T*, VecF&, VecF&) {}  // never called

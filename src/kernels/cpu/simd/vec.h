@@ -44,6 +44,7 @@ typedef std::uint8_t VecB __attribute__((vector_size(kLanes)));
 typedef std::uint8_t VecBytes __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedF __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef std::uint16_t UnalignedH __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef std::uint32_t UnalignedPairs __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef std::uint8_t UnalignedB __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef std::uint8_t UnalignedBytes __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
 
