@@ -62,8 +62,8 @@ class Backward {
     for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_)
       with_storage(p_.dtype, [this](auto storage) { add_head<decltype(storage)>(); });
     with_storage(p_.dtype, [this](auto storage) {
-      store_rows<decltype(storage)>(p_.grad.dk, dk_, width_, p_.size.head_dim, scale_);
-      store_rows<decltype(storage)>(p_.grad.dv, dv_, width_v_, p_.size.head_dim_v, 1.f);
+      store_key_rows<decltype(storage)>(p_, s_, task_.head_k, p_.grad.dk, dk_, width_, p_.size.head_dim, scale_);
+      store_key_rows<decltype(storage)>(p_, s_, task_.head_k, p_.grad.dv, dv_, width_v_, p_.size.head_dim_v, 1.f);
     });
   }
 
@@ -168,15 +168,6 @@ class Backward {
       add_values_with_weight(grads, k, dim, dq);
     else
       add_values<Start::add>(grads, k, dim, dq, nullptr, nullptr);
-  }
-
-  template <class T>
-  void store_rows(const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
-    if (!target.data) return;
-    for (std::int64_t j = 0; j < s_.seqlen_k; ++j) {
-      T* to = static_cast<T*>(target.data) + detail::k_offset(p_, target, s_, task_.head_k, j);
-      for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + j * width + d) * factor, dim - d);
-    }
   }
 
   const detail::Params& p_;

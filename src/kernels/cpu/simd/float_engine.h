@@ -72,11 +72,7 @@ class FloatEngine {
 
   /// The tile becomes the weights of changed scores. Returns what sums before it are multiplied with.
   const VecF* find_weights(QueryBlock& b, const ScoreTile& t) {
-    VecF top[kTileVectors];
-    VecF offset[kTileVectors] = {};
-    find_max(t, top);
-    raise_max(b, offset, top, correction_);
-    exponentiate<true>(t, offset, b.sum);
+    weigh_changed_scores(b, t, correction_);
     return correction_;
   }
 

@@ -30,11 +30,11 @@ FLASHCORE_INLINE VecU take_part(VecF& x) {
   return part;
 }
 
-/// {a, b} as dwords for each part.
-template <int kParts>
-FLASHCORE_INLINE void split_pair(VecF a, VecF b, VecU (&pairs)[kParts]) {
+/// {a, b} as dwords for each of the first kTaken parts; what is left over stays in `a`, `b`.
+template <int kParts, int kTaken = kParts>
+FLASHCORE_INLINE void split_pair(VecF& a, VecF& b, VecU (&pairs)[kParts]) {
 #pragma GCC unroll 3
-  for (int i = 0; i < kParts; ++i) {
+  for (int i = 0; i < kTaken; ++i) {
     const VecU low = take_part<kParts>(a);
     pairs[i] = (low >> 16) | take_part<kParts>(b);
   }
@@ -43,11 +43,7 @@ FLASHCORE_INLINE void split_pair(VecF a, VecF b, VecU (&pairs)[kParts]) {
 /// The same for numbers with more digits than the parts hold: the last part is rounded.
 template <int kParts>
 FLASHCORE_INLINE void round_pair(VecF a, VecF b, VecU (&pairs)[kParts]) {
-#pragma GCC unroll 2
-  for (int i = 0; i + 1 < kParts; ++i) {
-    const VecU low = take_part<kParts>(a);
-    pairs[i] = (low >> 16) | take_part<kParts>(b);
-  }
+  split_pair<kParts, kParts - 1>(a, b, pairs);
   const auto order =
       reinterpret_cast<__m512i>(VecU{0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
                                      0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f});
@@ -171,8 +167,8 @@ __attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t
       for (int r = 0; r < kLanes; ++r) {
         const int row = j + 2 * r;
         const T* from = source.data + row * source.stride + d;
-        const VecF a = row < source.rows ? finite_of(load_or_zero(from, columns), special) : VecF{};
-        const VecF b = row + 1 < source.rows ? finite_of(load_or_zero(from + source.stride, columns), special) : VecF{};
+        VecF a = row < source.rows ? finite_of(load_or_zero(from, columns), special) : VecF{};
+        VecF b = row + 1 < source.rows ? finite_of(load_or_zero(from + source.stride, columns), special) : VecF{};
         VecU pairs[kParts];
         split_pair<kParts>(a, b, pairs);
         for (int i = 0; i < kParts; ++i) x[i][r] = reinterpret_cast<VecF>(pairs[i]);
@@ -190,9 +186,7 @@ __attribute__((noinline)) bool split_columns(const Rows<T>& source, std::int64_t
 /// 32 floats with more digits than the parts hold as rows of bfloat16, `part` apart: the last part is rounded.
 template <int kParts>
 FLASHCORE_INLINE void round_row(VecF low, VecF high, std::uint16_t* to, std::int64_t part) {
-  if constexpr (kParts > 1) {
-    store_row_parts<kParts, kParts - 1>(low, high, to, part);
-  }
+  store_row_parts<kParts, kParts - 1>(low, high, to, part);
   const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
   _mm512_storeu_si512(to + (kParts - 1) * part, reinterpret_cast<__m512i>(both));
 }
@@ -206,8 +200,8 @@ __attribute__((noinline)) void pack_row_pairs(const Rows<T>& source, std::int64_
     for (int r = 0; r < kTileSide; ++r) {
       const T* from = source.data + 2 * r * source.stride + d;
       const int columns = source.columns - d;
-      const VecF a = 2 * r < source.rows ? load_or_zero(from, columns) : VecF{};
-      const VecF b = 2 * r + 1 < source.rows ? load_or_zero(from + source.stride, columns) : VecF{};
+      VecF a = 2 * r < source.rows ? load_or_zero(from, columns) : VecF{};
+      VecF b = 2 * r + 1 < source.rows ? load_or_zero(from + source.stride, columns) : VecF{};
       VecU pairs[kParts];
       split_pair<kParts>(a, b, pairs);
       for (int i = 0; i < kParts; ++i)

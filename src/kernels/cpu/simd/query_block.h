@@ -5,6 +5,7 @@
 #pragma once
 
 #include "score_rules.h"
+#include "softmax.h"
 
 namespace flashcore::cpu {
 namespace {
@@ -46,6 +47,15 @@ FLASHCORE_INLINE void raise_max(QueryBlock& b, VecF* offset, const VecF* top, Ve
     b.max[n] = max;
     b.sum[n] *= correction[n];
   }
+}
+
+/// A tile of changed scores becomes its weights. `correction` becomes what sums before it are multiplied with.
+FLASHCORE_INLINE void weigh_changed_scores(QueryBlock& b, const ScoreTile& t, VecF* correction) {
+  VecF top[kTileVectors];
+  VecF offset[kTileVectors] = {};
+  find_max(t, top);
+  raise_max(b, offset, top, correction);
+  exponentiate<true>(t, offset, b.sum);
 }
 
 /// out, where nothing is yet, becomes 0; elsewhere it is multiplied with `correction`, if given.

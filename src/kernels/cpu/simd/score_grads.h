@@ -51,6 +51,17 @@ inline double sink_gradient(const detail::Params& p, const detail::Sequence& s, 
   return sum;
 }
 
+/// factor · rows, `width` floats apart, as the gradient of a key head's keys or values; nothing if it is not wanted.
+template <class T>
+void store_key_rows(const detail::Params& p, const detail::Sequence& s, std::int64_t head_k,
+                    const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
+  if (!target.data) return;
+  for (std::int64_t j = 0; j < s.seqlen_k; ++j) {
+    T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, s, head_k, j);
+    for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + j * width + d) * factor, dim - d);
+  }
+}
+
 /// A query block, ready for products: columns of (head_dim, width), and a number a query.
 struct QueryColumns {
   float* q;  // scaled

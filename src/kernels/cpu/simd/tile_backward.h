@@ -61,8 +61,8 @@ class TileBackward {
     with_storage(p_.dtype, [&](auto storage) {
       using T = decltype(storage);
       for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_) add_head<T>();
-      store_rows<T>(p_.grad.dk, dk_, width_, dim_, scale_);
-      store_rows<T>(p_.grad.dv, dv_, width_v_, dim_v_, 1.f);
+      store_key_rows<T>(p_, s_, task_.head_k, p_.grad.dk, dk_, width_, dim_, scale_);
+      store_key_rows<T>(p_, s_, task_.head_k, p_.grad.dv, dv_, width_v_, dim_v_, 1.f);
     });
   }
 
@@ -336,15 +336,6 @@ class TileBackward {
     p.c += p.columns * kTileSide;
     p.columns = 1;
     multiply_add_wide<kParts>(p, 0);
-  }
-
-  template <class T>
-  void store_rows(const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
-    if (!target.data) return;
-    for (std::int64_t j = 0; j < s_.seqlen_k; ++j) {
-      T* to = static_cast<T*>(target.data) + detail::k_offset(p_, target, s_, task_.head_k, j);
-      for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + j * width + d) * factor, dim - d);
-    }
   }
 
   const detail::Params& p_;

@@ -142,7 +142,8 @@ class TileEngine {
   void set_keys(std::int64_t first, std::int64_t count, std::int64_t) {
     first_ = first;
     end_ = first + count;
-    for (KeyBlock& block : blocks_) block = {};
+    for (Split& split : key_splits_) split = {};
+    for (Split& split : value_splits_) split = {};
   }
 
   const bool* missing(std::int64_t key) {
@@ -160,11 +161,7 @@ class TileEngine {
   /// The tile becomes the weights of changed scores. Returns what sums before it are multiplied with.
   const VecF* find_weights(QueryBlock& b, const ScoreTile& t) {
     in_pairs_ = false;
-    VecF top[kTileVectors];
-    VecF offset[kTileVectors] = {};
-    find_max(t, top);
-    raise_max(b, offset, top, correction_);
-    exponentiate<true>(t, offset, b.sum);
+    weigh_changed_scores(b, t, correction_);
     return correction_;
   }
 
@@ -175,10 +172,12 @@ class TileEngine {
     VecF top[kTileVectors];
     // Note: the first keys' maximum is nearly always near enough to that of all.
     if (!b.started) set_max(b, t);
-    if (all_finite(b, t))
+    if (all_finite(b, t)) {
       multiply_and_weigh(b, t, sums);
-    else
+    } else {
+      multiply_scores(b, t);
       weigh_whole(b, t, sums);
+    }
     for (int n = 0; n < b.vectors; ++n) top[n] = sums[n].top;
     if (!needs_raise(b, top)) {
       for (int n = 0; n < b.vectors; ++n) b.sum[n] = sums[n].sum;
@@ -232,12 +231,10 @@ class TileEngine {
   static constexpr int kMostBlocks = 8;
   static constexpr std::int64_t kSpanBytes = 384 * 1024;
 
-  /// What has been split of a block of keys.
-  struct KeyBlock {
-    bool has_keys;
-    bool has_values;
-    bool keys_finite;
-    bool values_finite;
+  /// Whether a block of keys or values has been split, and was finite.
+  struct Split {
+    bool done;
+    bool finite;
   };
   struct SplitRows {
     const std::uint16_t* tiles;
@@ -256,46 +253,40 @@ class TileEngine {
     return static_cast<int>(min_of<std::int64_t>(kBlockKeys, end_ - block_begin(key)));
   }
 
-  template <class Split>
-  bool split_block(const detail::TensorParams& tensor, KeyBlocks& blocks, int dim, std::int64_t key, Split&& split) {
+  /// The block of `key` in parts, by `split` if that has not been done yet.
+  template <class Function>
+  SplitRows split_once(Split& state, const std::uint16_t* tiles, const detail::TensorParams& tensor, KeyBlocks& blocks,
+                       int dim, std::int64_t key, Function&& split) {
+    if (state.done) return {tiles, state.finite};
+    state.done = true;
     const std::int64_t begin = block_begin(key);
     const int count = block_count(key);
     if (p_.page.block_table) {
       const KeyRows rows = blocks.rows(begin, count);
-      return split(Rows<float>{rows.data, rows.stride, count, dim});
+      state.finite = split(Rows<float>{rows.data, rows.stride, count, dim});
+    } else {
+      with_storage(p_.dtype, [&](auto storage) {
+        using T = decltype(storage);
+        const T* data = static_cast<const T*>(tensor.data) + detail::k_offset(p_, tensor, s_, head_k_, begin);
+        state.finite = split(Rows<T>{data, tensor.seq, count, dim});
+      });
     }
-    bool finite = false;
-    with_storage(p_.dtype, [&](auto storage) {
-      using T = decltype(storage);
-      const T* data = static_cast<const T*>(tensor.data) + detail::k_offset(p_, tensor, s_, head_k_, begin);
-      finite = split(Rows<T>{data, tensor.seq, count, dim});
-    });
-    return finite;
+    return {tiles, state.finite};
   }
 
   SplitRows keys_of(std::int64_t key) {
     const std::int64_t index = (key - first_) / kBlockKeys;
-    KeyBlock& block = blocks_[index];
     std::uint16_t* tiles = key_tiles_ + index * key_halves(p_.size.head_dim);
-    if (!block.has_keys) {
-      block.has_keys = true;
-      block.keys_finite = split_block(p_.k, keys_, p_.size.head_dim, key,
-                                      [&](const auto& rows) { return split_rows<kParts>(rows, tiles); });
-    }
-    return {tiles, block.keys_finite};
+    return split_once(key_splits_[index], tiles, p_.k, keys_, p_.size.head_dim, key,
+                      [&](const auto& rows) { return split_rows<kParts>(rows, tiles); });
   }
 
   SplitRows values_of(std::int64_t key) {
+    constexpr int kTiles = kBlockKeys / kTileDepth * kParts;
     const std::int64_t index = (key - first_) / kBlockKeys;
-    KeyBlock& block = blocks_[index];
     std::uint16_t* tiles = value_tiles_ + index * value_halves(p_.size.head_dim_v);
-    if (!block.has_values) {
-      block.has_values = true;
-      constexpr int kTiles = kBlockKeys / kTileDepth * kParts;
-      block.values_finite = split_block(p_.v, values_, p_.size.head_dim_v, key,
-                                        [&](const auto& rows) { return split_columns<kParts>(rows, kTiles, tiles); });
-    }
-    return {tiles, block.values_finite};
+    return split_once(value_splits_[index], tiles, p_.v, values_, p_.size.head_dim_v, key,
+                      [&](const auto& rows) { return split_columns<kParts>(rows, kTiles, tiles); });
   }
 
   /// Whether all numbers of the scores have parts.
@@ -325,9 +316,8 @@ class TileEngine {
     if (!all_finite(b, t)) add_special_scores(b, t);
   }
 
-  /// Weights from scores that are all found before.
+  /// Weights of a tile that holds all its scores.
   void weigh_whole(const QueryBlock& b, const ScoreTile& t, ColumnSums* sums) {
-    multiply_scores(b, t);
     start_sums(b, sums);
     for (int j = 0; j < t.keys; j += kTileSide) weigh_rows(b, t, t.row(j), kTileSide, t.width(), j, sums);
   }
@@ -461,7 +451,8 @@ class TileEngine {
   float* const columns_;
   std::int64_t first_ = 0;  // of the current span of keys
   std::int64_t end_ = 0;
-  KeyBlock blocks_[kMostBlocks] = {};
+  Split key_splits_[kMostBlocks] = {};
+  Split value_splits_[kMostBlocks] = {};
   bool in_pairs_ = false;  // whether the weights of the tile at hand are
   VecF correction_[kTileVectors];
 };
