@@ -28,7 +28,7 @@ echo "== 64-bit ARM"
 cmake --preset aarch64 --log-level=NOTICE
 cmake --build --preset aarch64
 run_ctest --preset aarch64 \
-  --tests-regex '^CpuExecutor\.|^CpuSimd\.|EachIsa\.(Takes|Skips|Keeps)|^cpu\.|RowTest.*/cpu_(flash|decode)__[a-z]*_b[23]'
+  --tests-regex '^CpuExecutor[./]|^CpuSimd\.|EachIsa\.(Takes|Skips|Keeps)|^cpu\.|RowTest.*/cpu_(flash|decode)__[a-z]*_b[23]'
 
 program=${1:-}
 if [[ -z $program ]]; then

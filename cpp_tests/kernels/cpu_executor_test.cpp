@@ -1,14 +1,14 @@
 // The CPU's threads: each task once, errors, nesting, several callers, fork, settings, a caller's own threads.
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 #include <thread>
 #include <vector>
 
+#include "../support/executors.h"
 #include "flashcore/error.h"
 #include "flashcore/threads.h"
 #include "kernels/cpu/executor.h"
@@ -16,16 +16,23 @@
 namespace flashcore::testing {
 namespace {
 
-/// Whether every one of `tasks` tasks runs exactly once.
-bool runs_each_once(std::int64_t tasks, int threads) {
-  std::vector<std::atomic<int>> runs(static_cast<std::size_t>(tasks));
-  cpu::parallel_for(tasks, threads, [&](std::int64_t i) { ++runs[static_cast<std::size_t>(i)]; });
-  for (const std::atomic<int>& count : runs)
-    if (count != 1) return false;
-  return true;
-}
+/// flashcore's own threads, and those of OpenMP: what holds for both.
+class EachExecutor : public ::testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    if (GetParam() == std::string_view("pool")) return;
+    if (!load_openmp()) GTEST_SKIP() << "no libgomp.so.1 here";
+    ASSERT_NE(openmp_executor(), nullptr);
+    set_executor(openmp_executor());
+    limit_openmp_threads(8);
+  }
+  void TearDown() override { set_executor(nullptr); }
+};
 
-TEST(CpuExecutor, RunsEachTaskOnce) {
+INSTANTIATE_TEST_SUITE_P(CpuExecutor, EachExecutor, ::testing::Values("pool"), [](const auto&) { return "pool"; });
+INSTANTIATE_TEST_SUITE_P(CpuOpenmp, EachExecutor, ::testing::Values("openmp"), [](const auto&) { return "openmp"; });
+
+TEST_P(EachExecutor, RunsEachTaskOnce) {
   for (const int threads : {1, 2, 3, 8})
     for (const std::int64_t tasks : {0, 1, 2, 7, 1000}) EXPECT_TRUE(runs_each_once(tasks, threads)) << tasks;
 }
@@ -34,7 +41,7 @@ TEST(CpuExecutor, RunsManyJobsInARow) {
   for (int n = 0; n < 3000; ++n) ASSERT_TRUE(runs_each_once(4, 1 + n % 4)) << n;
 }
 
-TEST(CpuExecutor, ThrowsWhatATaskThrowsAndGoesOn) {
+TEST_P(EachExecutor, ThrowsWhatATaskThrowsAndGoesOn) {
   const auto fails = [] {
     cpu::parallel_for(100, 3, [](std::int64_t i) {
       if (i == 40) throw std::runtime_error("task 40");
@@ -44,7 +51,7 @@ TEST(CpuExecutor, ThrowsWhatATaskThrowsAndGoesOn) {
   EXPECT_TRUE(runs_each_once(100, 3));
 }
 
-TEST(CpuExecutor, RunsNestedWorkOnTheThreadThatAsks) {
+TEST_P(EachExecutor, RunsNestedWorkOnTheThreadThatAsks) {
   std::atomic<int> elsewhere{0};
   cpu::parallel_for(4, 2, [&](std::int64_t) {
     const std::thread::id here = std::this_thread::get_id();
@@ -53,7 +60,7 @@ TEST(CpuExecutor, RunsNestedWorkOnTheThreadThatAsks) {
   EXPECT_EQ(elsewhere, 0);
 }
 
-TEST(CpuExecutor, ServesSeveralCallersAtATime) {
+TEST_P(EachExecutor, ServesSeveralCallersAtATime) {
   std::atomic<int> failures{0};
   std::vector<std::thread> callers;
   for (int n = 0; n < 4; ++n)
@@ -64,17 +71,10 @@ TEST(CpuExecutor, ServesSeveralCallersAtATime) {
   EXPECT_EQ(failures, 0);
 }
 
-// The child has none of the pool's threads: it must neither wait for them nor fail.
-TEST(CpuExecutor, WorksInAForkedChild) {
+// The child has none of its parent's threads: it must neither wait for them nor fail.
+TEST_P(EachExecutor, WorksInAForkedChild) {
   ASSERT_TRUE(runs_each_once(50, 3));
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(20);
-    _exit(runs_each_once(50, 3) ? 0 : 1);
-  }
-  int status = 0;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  EXPECT_TRUE(holds_in_a_child([] { return runs_each_once(50, 3); }));
   EXPECT_TRUE(runs_each_once(50, 3));
 }
 
