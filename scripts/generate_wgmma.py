@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-SHAPES = (64, 80, 96, 128, 176, 192, 256)  # N of m64nNk16
+SHAPES = (32, 64, 80, 96, 112, 128, 176, 192, 256)  # N of m64nNk16
 TYPES = {"detail::Float16": "f16", "detail::BFloat16": "bf16"}
 TARGET = Path(__file__).resolve().parent.parent / "src/kernels/ptx/wgmma_shapes.cuh"
 

@@ -8,12 +8,30 @@
 
 #include <cstdint>
 
+#include "../numbers.h"
 #include "../params.h"
 
 namespace flashcore::detail {
 
-/// `spoilt`: a byte for each 16 rows, laid out [batch · head][groups], every one written by the kernel before. Works on
-/// float16 and bfloat16 forward problems of fixed length.
-void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, std::int64_t groups, Stream stream);
+inline constexpr int kSpoiltRows = 16;  // of one sequence and head, that share a flag
+
+/// Flags of a head: of one batch entry, or of all packed sequences, each starting at a flag of its own.
+inline std::int64_t spoilt_flags_per_head(bool packed, const SizeParams& size) {
+  return packed ? size.total_q / kSpoiltRows + size.batch + 1 : (size.seqlen_q + kSpoiltRows - 1) / kSpoiltRows;
+}
+inline std::int64_t spoilt_flags(bool packed, const SizeParams& size) {
+  return spoilt_flags_per_head(packed, size) * size.heads_q * (packed ? 1 : size.batch);
+}
+
+/// The flag of rows `row` … `row` + 15 of a sequence that begins at packed row `q_begin`.
+FLASHCORE_HD std::int64_t spoilt_flag(bool packed, std::int64_t flags_per_head, std::int64_t heads_q,
+                                      std::int64_t batch, std::int64_t head, std::int64_t q_begin, std::int64_t row) {
+  if (packed) return head * flags_per_head + q_begin / kSpoiltRows + batch + row / kSpoiltRows;
+  return (batch * heads_q + head) * flags_per_head + row / kSpoiltRows;
+}
+
+/// Queues the repair. Where sequences are packed, also clears the rows that no sequence owns (out 0, lse −inf).
+/// Flags of rows that do not exist may hold anything.
+void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, Stream stream);
 
 }  // namespace flashcore::detail

@@ -52,14 +52,17 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/// st.shared, ld.shared of one word; the barrier around them orders them.
-__device__ __forceinline__ void store_shared(std::uint32_t address, int word) {
-  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+/// st.shared.v4, ld.shared.v4: four words at a multiple of 16 bytes; the barrier around them orders them.
+__device__ __forceinline__ void store_shared(std::uint32_t address, int x, int y, int z, int w) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
-__device__ __forceinline__ int load_shared(std::uint32_t address) {
-  int word;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
-  return word;
+__device__ __forceinline__ int4 load_shared_x4(std::uint32_t address) {
+  int4 words;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
 }
 
 /// fence.proxy.async: ordinary shared-memory writes become visible to wgmma and to the copy engine.

@@ -1,7 +1,7 @@
 // Hopper forward: warp-specialised FlashAttention with TMA and wgmma.
 //
-// A block has one producer warpgroup (one thread of it loads Q, K and V by TMA) and two or three consumer warpgroups of
-// 64 query rows each. Blocks are persistent; the producer draws the next tile (tile/scheduler.cuh) and hands it on. Per
+// A block has one producer warpgroup (one thread of it loads Q, K and V by TMA, a warp finds the next tile) and two or
+// three consumer warpgroups of 64 query rows each. Blocks are persistent; tiles come as tile/scheduler.cuh says. Per
 // tile, keys are taken from the last block to the first, so that masked blocks come first:
 //
 //   S = Q·K[n]ᵀ                        wgmma, both operands in shared memory, S in registers
@@ -38,7 +38,8 @@ inline constexpr int kPanelColumns = 64;  // a 128-byte swizzle row of 16-bit el
 inline constexpr int kPanelRowBytes = 128;
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kRowsPerConsumer = 64;
-inline constexpr int kTileSlots = 2;  // tile indices handed from the producer to the consumers
+inline constexpr int kWorkBytes = 32;
+inline constexpr int kTileSlots = 2;  // tiles handed from the producer to the consumers
 
 /// Element: detail::Float16 or BFloat16. kHeadDim: the bucket that head_dim and head_dim_v fit in.
 template <class Element_, int kHeadDim_, FwdKind kKind>
@@ -50,6 +51,8 @@ struct FwdTraits {
   /// costs a hand-over a tile (2–3 % at D128) and evens out causal tiles (10–15 %).
   static constexpr bool kEven = kKind == FwdKind::full;
   static constexpr FwdTile kTile = fwd_tile(kHeadDim, kGeneral);
+  /// A block's first half of keys is a product of its own where only that is seen.
+  static constexpr bool kHalfFirst = kKind == FwdKind::positional && kTile.block_n == 128;
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kStages = kTile.stages;
@@ -76,29 +79,112 @@ struct SharedPlan {
   static constexpr int kEmptyV = kFullV + 8 * Traits::kStages;
   static constexpr int kFullTile = kEmptyV + 8 * Traits::kStages;
   static constexpr int kEmptyTile = kFullTile + 8 * kTileSlots;
-  static constexpr int kTiles = kEmptyTile + 8 * kTileSlots;
-  static constexpr int kBytes = kTiles + 4 * kTileSlots;
+  static constexpr int kTiles = (kEmptyTile + 8 * kTileSlots + 15) / 16 * 16;
+  static constexpr int kBytes = kTiles + kWorkBytes * kTileSlots;
   static_assert(kBytes <= 232448, "more shared memory than a block can have on sm_90");
 };
 
 /// What the kernel needs beside the tensor maps.
 struct FwdArgs {
-  tile::TileOrder order;
-  unsigned* next_tile;  // a zeroed counter from which blocks draw tiles; null in even kernels, or if one round does
+  tile::TileOrder order;  // where sequences differ, of the longest
+  unsigned* next_tile;    // a zeroed counter from which blocks draw tiles; null in even kernels, or if one round does
   tile::KeyWindow window;
-  std::uint8_t* spoilt;  // a flag per 16 rows: [batch · head][query block][warp]; null in even kernels
+  std::uint8_t* spoilt;  // a flag per 16 rows, see common/repair.h; null in even kernels
+  int flags_per_head;
   int seqlen_q;
   int heads_q;
   int group;
-  int k_batch_step;  // 0 where keys are broadcast over batch or heads (stride 0), else 1
+  bool sequences;    // lengths differ from batch to batch
+  bool packed;       // rows of all sequences lie one behind the other
+  int q_batch_step;  // 0 where broadcast over batch or heads (stride 0) or packed, else 1
+  int q_head_step;
+  int k_batch_step;
   int k_head_step;
   int v_batch_step;
   int v_head_step;
-  int q_batch_step;
-  int q_head_step;
   float scale_log2;  // of the scores that the softmax sees: scale·log2e, in the general kernel log2e
   float threshold;   // lazy maximum, in the same scores
   detail::Params params;
+};
+
+/// Which tile of queries.
+struct alignas(16) FwdPlace {
+  int m_block;  // −1: there is no more
+  int head;
+  int batch;
+  int q_begin;  // row of the sequence's first query in the tensor
+};
+
+/// The sequence that it belongs to.
+struct alignas(16) FwdLengths {
+  int seqlen_q;
+  int seqlen_k;
+  int shift;    // of the diagonal
+  int k_begin;  // row of the sequence's first key in the tensor
+
+  __device__ __forceinline__ tile::KeyWindow window(const FwdArgs& args) const {
+    return {seqlen_k, shift, args.window.left, args.window.right};
+  }
+  /// Of the diagonal that ends at the last query and the last key, whatever the causal rule.
+  __device__ __forceinline__ int shift_of_last() const { return seqlen_k - seqlen_q; }
+};
+
+/// One tile of work, as the scheduling warp hands it on.
+struct FwdWork {
+  FwdPlace place;
+  FwdLengths lengths;
+};
+
+/// Tile `index` where all sequences are alike.
+__device__ __forceinline__ FwdPlace even_place(const FwdArgs& args, int index) {
+  if (index >= args.order.tiles) return {-1, 0, 0, 0};
+  const tile::Tile tile = tile::tile_at(args.order, index);
+  const int batch = tile.head / args.heads_q;
+  return {tile.m_block, tile.head - batch * args.heads_q, batch, 0};
+}
+__device__ __forceinline__ FwdLengths even_lengths(const FwdArgs& args) {
+  return {args.seqlen_q, args.window.seqlen_k, args.window.shift, 0};
+}
+
+/// Finds tiles where sequences differ, sequence by sequence, for rising indices. By all lanes of a warp.
+template <int kBlockM>
+struct SequenceWalk {
+  int batch = 0;   // the sequence at hand
+  int before = 0;  // tiles of the sequences before it
+
+  __device__ __forceinline__ FwdWork find(const FwdArgs& args, int index) {
+    const detail::Params& p = args.params;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (; batch < p.size.batch; batch += 32) {  // a sequence for each lane
+      const detail::Sequence s =
+          batch + lane < p.size.batch ? detail::sequence_of(p, batch + lane) : detail::Sequence{};
+      const int seqlen_q = static_cast<int>(s.seqlen_q);
+      const int m_blocks = (seqlen_q + kBlockM - 1) / kBlockM;
+      int end = m_blocks * args.heads_q;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(tile::kAllLanes, end, step);
+        if (lane >= step) end += other;
+      }
+      const unsigned beyond = __ballot_sync(tile::kAllLanes, index < before + end);
+      if (beyond == 0) {
+        before += __shfl_sync(tile::kAllLanes, end, 31);
+        continue;
+      }
+      const int found = __ffs(static_cast<int>(beyond)) - 1;
+      const auto of_found = [found](int x) { return __shfl_sync(tile::kAllLanes, x, found); };
+      const int blocks = of_found(m_blocks);
+      batch += found;
+      before += of_found(end) - blocks * args.heads_q;
+      const tile::Tile tile = tile::tile_at(
+          {blocks, args.heads_q, min(args.order.section_heads, args.heads_q), blocks * args.heads_q}, index - before);
+      FwdLengths lengths{of_found(seqlen_q), of_found(static_cast<int>(s.seqlen_k)), 0,
+                         of_found(static_cast<int>(s.k_begin))};
+      if (!p.position.top_left) lengths.shift = lengths.seqlen_k - lengths.seqlen_q;
+      return {{tile.m_block, tile.head, batch, of_found(static_cast<int>(s.q_begin))}, lengths};
+    }
+    return {{-1, 0, 0, 0}, {}};
+  }
 };
 
 /// The key blocks [begin, end) that the tile of queries starting at `row` looks at. Empty: begin >= end.
@@ -108,22 +194,30 @@ struct BlockRange {
 };
 
 template <class Traits>
-__device__ __forceinline__ BlockRange key_blocks(const FwdArgs& args, int row) {
-  const int last = min(row + Traits::kBlockM, args.seqlen_q) - 1;
-  const int begin = args.window.begin(row);
-  const int end = args.window.end(last);
+__device__ __forceinline__ BlockRange key_blocks(const tile::KeyWindow& window, int seqlen_q, int row) {
+  const int last = min(row + Traits::kBlockM, seqlen_q) - 1;
+  const int begin = window.begin(row);
+  const int end = window.end(last);
   return {begin / Traits::kBlockN, end <= begin ? 0 : (end + Traits::kBlockN - 1) / Traits::kBlockN};
 }
 
 /// The part of a tile's blocks that the consumer's rows from `top` on look at.
 template <class Traits>
-__device__ __forceinline__ BlockRange own_blocks(const FwdArgs& args, const BlockRange& blocks, int top) {
+__device__ __forceinline__ BlockRange own_blocks(const tile::KeyWindow& window, int seqlen_q, const BlockRange& blocks,
+                                                 int top) {
   if constexpr (Traits::kEven) return blocks;
-  const int last = min(top + kRowsPerConsumer, args.seqlen_q) - 1;
+  const int last = min(top + kRowsPerConsumer, seqlen_q) - 1;
   if (last < top) return {blocks.begin, blocks.begin};
-  const int end = (args.window.end(last) + Traits::kBlockN - 1) / Traits::kBlockN;
-  const int begin = max(args.window.begin(top) / Traits::kBlockN, blocks.begin);
+  const int end = (window.end(last) + Traits::kBlockN - 1) / Traits::kBlockN;
+  const int begin = max(window.begin(top) / Traits::kBlockN, blocks.begin);
   return {begin, max(begin, min(end, blocks.end))};
+}
+
+/// The blocks of which the consumer's rows from `top` on all see every key: no mask is needed there.
+template <class Traits>
+__device__ __forceinline__ BlockRange whole_blocks(const tile::KeyWindow& window, int top) {
+  return {(window.begin(top + kRowsPerConsumer - 1) + Traits::kBlockN - 1) / Traits::kBlockN,
+          window.end(top) / Traits::kBlockN};
 }
 
 /// Stage and parity of the n-th use of a ring of buffers.
@@ -134,6 +228,60 @@ struct Ring {
   static __device__ __forceinline__ std::uint32_t empty_parity(int use) { return full_parity(use) ^ 1; }
 };
 
+/// One warp: finds the block's tiles and hands them on. A tile is drawn when the one before is begun, no earlier: what
+/// a block holds in store, no other can take.
+template <class Traits>
+__device__ __forceinline__ void schedule(const FwdArgs& args, std::uint32_t s_base) {
+  using Plan = SharedPlan<Traits>;
+  using TileRing = Ring<kTileSlots>;
+  const bool leads = threadIdx.x % 32 == 0;
+  SequenceWalk<Traits::kBlockM> walk;
+  for (int index = blockIdx.x, n = 0;; ++n) {
+    const int slot = TileRing::stage(n);
+    if (leads) {
+      ptx::barrier_wait(s_base + Plan::kEmptyTile + 8 * slot, TileRing::empty_parity(n));
+      if (n > 0) index = (args.next_tile ? static_cast<int>(atomicAdd(args.next_tile, 1u)) : index) + gridDim.x;
+    }
+    index = __shfl_sync(tile::kAllLanes, index, 0);
+    const FwdWork work = args.sequences ? walk.find(args, index) : FwdWork{even_place(args, index), even_lengths(args)};
+    if (leads) {
+      const std::uint32_t s_slot = s_base + Plan::kTiles + kWorkBytes * slot;
+      const FwdPlace& place = work.place;
+      const FwdLengths& lengths = work.lengths;
+      ptx::store_shared(s_slot, place.m_block, place.head, place.batch, place.q_begin);
+      ptx::store_shared(s_slot + 16, lengths.seqlen_q, lengths.seqlen_k, lengths.shift, lengths.k_begin);
+      ptx::barrier_arrive(s_base + Plan::kFullTile + 8 * slot);
+    }
+    if (work.place.m_block < 0) break;
+  }
+}
+
+/// Reading what the scheduling warp wrote: each time anew, since registers are dearer.
+__device__ __forceinline__ FwdPlace load_place(std::uint32_t s_slot) {
+  const int4 x = ptx::load_shared_x4(s_slot);
+  return {x.x, x.y, x.z, x.w};
+}
+__device__ __forceinline__ FwdLengths load_lengths(std::uint32_t s_slot) {
+  const int4 x = ptx::load_shared_x4(s_slot + 16);
+  return {x.x, x.y, x.z, x.w};
+}
+
+/// Where the block's n-th tile is described, once it is.
+template <class Traits>
+__device__ __forceinline__ std::uint32_t wait_for_tile(std::uint32_t s_base, int n) {
+  using Plan = SharedPlan<Traits>;
+  using TileRing = Ring<kTileSlots>;
+  const int slot = TileRing::stage(n);
+  ptx::barrier_wait(s_base + Plan::kFullTile + 8 * slot, TileRing::full_parity(n));
+  return s_base + Plan::kTiles + kWorkBytes * slot;
+}
+
+/// By every warp that works on tiles, when it is done with the n-th.
+template <class Traits>
+__device__ __forceinline__ void release_tile(std::uint32_t s_base, int n) {
+  ptx::barrier_arrive(s_base + SharedPlan<Traits>::kEmptyTile + 8 * Ring<kTileSlots>::stage(n));
+}
+
 /// One thread: loads Q, K and V of every tile of the block, as buffers fall free.
 template <class Traits>
 __device__ __forceinline__ void produce(const CUtensorMap* map_q, const CUtensorMap* map_k, const CUtensorMap* map_v,
@@ -141,7 +289,6 @@ __device__ __forceinline__ void produce(const CUtensorMap* map_q, const CUtensor
   using Plan = SharedPlan<Traits>;
   using KvRing = Ring<Traits::kStages>;
   using QRing = Ring<Traits::kQBuffers>;
-  using TileRing = Ring<kTileSlots>;
   const auto load_panels = [](const CUtensorMap* map, std::uint32_t s_target, std::uint32_t barrier, int rows, int row,
                               int head, int batch, std::uint64_t hint) {
     for (int panel = 0; panel < Traits::kPanels; ++panel)
@@ -150,56 +297,56 @@ __device__ __forceinline__ void produce(const CUtensorMap* map_q, const CUtensor
   };
   int kv_use = 0;
   int q_use = 0;
-  int index = blockIdx.x;
   for (int n = 0;; ++n) {
-    if constexpr (!Traits::kEven) {
-      const int slot = TileRing::stage(n);
-      ptx::barrier_wait(s_base + Plan::kEmptyTile + 8 * slot, TileRing::empty_parity(n));
-      ptx::store_shared(s_base + Plan::kTiles + 4 * slot, index);
-      ptx::barrier_arrive(s_base + Plan::kFullTile + 8 * slot);
+    FwdPlace place;
+    FwdLengths lengths;
+    if constexpr (Traits::kEven) {
+      place = even_place(args, n * gridDim.x + blockIdx.x);
+      lengths = even_lengths(args);
+    } else {
+      const std::uint32_t s_slot = wait_for_tile<Traits>(s_base, n);
+      place = load_place(s_slot);
+      lengths = load_lengths(s_slot);
+      release_tile<Traits>(s_base, n);
     }
-    if (index >= args.order.tiles) break;
-    // Drawn now, used when this tile's loads are queued: its latency is hidden.
-    const bool draw = !Traits::kEven && args.next_tile;
-    const int next = (draw ? static_cast<int>(atomicAdd(args.next_tile, 1u)) : index) + gridDim.x;
-    const tile::Tile tile = tile::tile_at(args.order, index);
-    const int batch = tile.head / args.heads_q;
-    const int head = tile.head - batch * args.heads_q;
-    const int head_k = head / args.group;
-    const int row = tile.m_block * Traits::kBlockM;
+    if (place.m_block < 0) break;
+    const int head_k = place.head / args.group;
+    const int row = place.m_block * Traits::kBlockM;
     const auto load_q = [&] {
       const int buffer = QRing::stage(q_use);
       const std::uint32_t full_q = s_base + Plan::kFullQ + 8 * buffer;
       ptx::barrier_wait(s_base + Plan::kEmptyQ + 8 * buffer, QRing::empty_parity(q_use));
       ptx::barrier_expect(full_q, Traits::kQBytes);
-      load_panels(map_q, s_base + Plan::kQ + buffer * Traits::kQBytes, full_q, Traits::kBlockM, row,
-                  head * args.q_head_step, batch * args.q_batch_step, ptx::kEvictFirst);
+      load_panels(map_q, s_base + Plan::kQ + buffer * Traits::kQBytes, full_q, Traits::kBlockM, place.q_begin + row,
+                  place.head * args.q_head_step, place.batch * args.q_batch_step, ptx::kEvictFirst);
       ++q_use;
     };
-    const BlockRange blocks = key_blocks<Traits>(args, row);
+    const BlockRange blocks = key_blocks<Traits>(lengths.window(args), lengths.seqlen_q, row);
     if (blocks.begin >= blocks.end) load_q();
     for (int block = blocks.end - 1; block >= blocks.begin; --block, ++kv_use) {
       const int stage = KvRing::stage(kv_use);
+      const int first_key = lengths.k_begin + block * Traits::kBlockN;
       const std::uint32_t full_k = s_base + Plan::kFullK + 8 * stage;
       const std::uint32_t full_v = s_base + Plan::kFullV + 8 * stage;
       ptx::barrier_wait(s_base + Plan::kEmptyK + 8 * stage, KvRing::empty_parity(kv_use));
       ptx::barrier_expect(full_k, Traits::kKBytes);
-      load_panels(map_k, s_base + Plan::kK + stage * Traits::kKBytes, full_k, Traits::kBlockN, block * Traits::kBlockN,
-                  head_k * args.k_head_step, batch * args.k_batch_step, ptx::kEvictLast);
+      load_panels(map_k, s_base + Plan::kK + stage * Traits::kKBytes, full_k, Traits::kBlockN, first_key,
+                  head_k * args.k_head_step, place.batch * args.k_batch_step, ptx::kEvictLast);
       if (block == blocks.end - 1) load_q();  // after the first keys: with one query buffer it must not delay them
       ptx::barrier_wait(s_base + Plan::kEmptyV + 8 * stage, KvRing::empty_parity(kv_use));
       ptx::barrier_expect(full_v, Traits::kKBytes);
-      load_panels(map_v, s_base + Plan::kV + stage * Traits::kKBytes, full_v, Traits::kBlockN, block * Traits::kBlockN,
-                  head_k * args.v_head_step, batch * args.v_batch_step, ptx::kEvictLast);
+      load_panels(map_v, s_base + Plan::kV + stage * Traits::kKBytes, full_v, Traits::kBlockN, first_key,
+                  head_k * args.v_head_step, place.batch * args.v_batch_step, ptx::kEvictLast);
     }
-    index = next;
   }
 }
 
 /// Softcap, ALiBi, bias and mask on a block of scores: raw products in, scores in natural units out.
 template <class Traits, int N>
-__device__ __forceinline__ void general_scores(float (&s)[N], const FwdArgs& args, int batch, int head, int first_key,
-                                               int row, int quad_lane) {
+__device__ __forceinline__ void general_scores(float (&s)[N], const FwdArgs& args, const FwdPlace& place,
+                                               const FwdLengths& lengths, int first_key, int row, int quad_lane) {
+  const int batch = place.batch;
+  const int head = place.head;
   using Element = typename Traits::Element;
   const detail::Params& p = args.params;
   const float scale = static_cast<float>(p.score.scale);
@@ -211,11 +358,11 @@ __device__ __forceinline__ void general_scores(float (&s)[N], const FwdArgs& arg
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int i = row + 8 * r;
-    const int keys = i < args.seqlen_q ? args.window.seqlen_k - first : 0;  // of this row, from `first` on
+    const int keys = i < lengths.seqlen_q ? lengths.seqlen_k - first : 0;  // of this row, from `first` on
     const std::int64_t bias_row = detail::plane_offset(p.bias, batch, head, i, first);
     const std::uint8_t* mask_row =
         static_cast<const std::uint8_t*>(p.mask.data) + detail::plane_offset(p.mask, batch, head, i, first);
-    const float diagonal = static_cast<float>(i + args.window.seqlen_k - args.seqlen_q - first);
+    const float diagonal = static_cast<float>(i + lengths.shift_of_last() - first);
 #pragma unroll
     for (int e = 0; e < N / 2; ++e) {
       const int column = 8 * (e >> 1) + (e & 1);
@@ -243,11 +390,11 @@ struct Consumer {
   using Plan = SharedPlan<Traits>;
   using KvRing = Ring<Traits::kStages>;
   using QRing = Ring<Traits::kQBuffers>;
-  using TileRing = Ring<kTileSlots>;
   static constexpr int kBlockM = Traits::kBlockM;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kFirstTurn = 1;  // named barriers kFirstTurn + consumer: whose turn to multiply it is
+  static constexpr int kFirstOwn = 4;   // kFirstOwn + consumer: the warpgroup's own
 
   const FwdArgs& args;
   std::uint32_t s_base;
@@ -255,6 +402,8 @@ struct Consumer {
   int thread;    // in the warpgroup
   int kv_use = 0;
   int q_use = 0;
+  std::uint32_t s_work = 0;  // the tile at hand; even kernels: where it is
+  FwdPlace even = {};
   unsigned seen = 0;  // general: bit r, this thread met a score above −inf in its row r
 
   __device__ __forceinline__ int lane() const { return thread & 31; }
@@ -272,19 +421,22 @@ struct Consumer {
   __device__ __forceinline__ void wait_full(int barriers, int stage, std::uint32_t parity) const {
     ptx::barrier_wait(s_base + barriers + 8 * stage, parity);
   }
-  /// One thread speaks for its warpgroup: the products that read the buffer are complete in all four warps.
+  /// One thread speaks for its warpgroup: no warp will wait for the buffer's fill or read it any more. Products see to
+  /// that, which all four warps begin together; where there was none, sync_warpgroup() must.
   __device__ __forceinline__ void release(int barriers, int stage) const {
     if (thread == 0) ptx::barrier_arrive(s_base + barriers + 8 * stage);
   }
+  __device__ __forceinline__ void sync_warpgroup() const { ptx::named_sync(kFirstOwn + consumer, kWarpgroup); }
 
   /// Lets blocks pass that only other consumers look at. `turns` of them are taken and given on, as those do.
   __device__ __forceinline__ void pass(int count, int turns) {
     for (; count > 0; --count, --turns, ++kv_use) {
       const int stage = KvRing::stage(kv_use);
-      // Not released before it is full: the next round's release could come in this one.
+      // Not released before all warps saw it full: a warp that comes two fills late would wait for ever.
       wait_full(Plan::kFullK, stage, KvRing::full_parity(kv_use));
-      release(Plan::kEmptyK, stage);
       wait_full(Plan::kFullV, stage, KvRing::full_parity(kv_use));
+      sync_warpgroup();
+      release(Plan::kEmptyK, stage);
       release(Plan::kEmptyV, stage);
       if (turns <= 0) continue;
       take_turn();
@@ -292,8 +444,10 @@ struct Consumer {
     }
   }
 
-  /// S = Q·Kᵀ, queued. Both tiles lie in panels of 64 columns; a step of 16 columns is 32 bytes in a panel's row.
-  __device__ __forceinline__ void issue_scores(float (&s)[kBlockN / 2], int q_buffer, int stage) const {
+  /// S = Q·Kᵀ, queued, of the block's first kKeys keys. Both tiles lie in panels of 64 columns; a step of 16 columns is
+  /// 32 bytes in a panel's row.
+  template <int kKeys = kBlockN>
+  __device__ __forceinline__ void issue_scores(float (&s)[kKeys / 2], int q_buffer, int stage) const {
     const std::uint64_t q = ptx::descriptor(
         s_base + Plan::kQ + q_buffer * Traits::kQBytes + consumer * kRowsPerConsumer * kPanelRowBytes, 16);
     const std::uint64_t k = ptx::descriptor(s_base + Plan::kK + stage * Traits::kKBytes, 16);
@@ -301,9 +455,9 @@ struct Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step)
-      ptx::Wgmma<kBlockN, Element>::template shared<0>(s, q + step / 4 * (kBlockM * kPanelRowBytes >> 4) + step % 4 * 2,
-                                                       k + step / 4 * (kBlockN * kPanelRowBytes >> 4) + step % 4 * 2,
-                                                       step > 0);
+      ptx::Wgmma<kKeys, Element>::template shared<0>(s, q + step / 4 * (kBlockM * kPanelRowBytes >> 4) + step % 4 * 2,
+                                                     k + step / 4 * (kBlockN * kPanelRowBytes >> 4) + step % 4 * 2,
+                                                     step > 0);
     ptx::wgmma_commit();
     ptx::keep(s);
   }
@@ -325,36 +479,41 @@ struct Consumer {
   }
 
   /// With a sink the sum no longer tells whether a row saw any key; masks and biases decide it score by score.
-  __device__ __forceinline__ void look_for_keys(const float (&s)[kBlockN / 2]) {
+  template <int N>
+  __device__ __forceinline__ void look_for_keys(const float (&s)[N]) {
     if (!args.params.sinks.data) return;
 #pragma unroll
-    for (int i = 0; i < kBlockN / 2; ++i) seen |= s[i] == -INFINITY ? 0u : 1u << (i >> 1 & 1);
+    for (int i = 0; i < N; ++i) seen |= s[i] == -INFINITY ? 0u : 1u << (i >> 1 & 1);
   }
 
   /// Whether row r (0 or 1) of the thread saw no key at all: such a row is empty, whatever its sink. By all lanes.
   __device__ __forceinline__ bool is_empty(int row, int r) const {
     if (!args.params.sinks.data) return false;  // the sum tells
     if (Traits::kGeneral) return tile::quad_max(seen >> r & 1 ? 1.0f : 0.0f) == 0.0f;
-    return args.window.begin(row + 8 * r) >= args.window.end(row + 8 * r);
+    return window().begin(row + 8 * r) >= window().end(row + 8 * r);
   }
 
-  /// Everything between the raw products and the weights of one block.
-  __device__ __forceinline__ void soften(float (&s)[kBlockN / 2], tile::OnlineSoftmax& softmax, int batch, int head,
-                                         int row, int block) {
+  __device__ __forceinline__ FwdPlace place() const { return Traits::kEven ? even : load_place(s_work); }
+  __device__ __forceinline__ FwdLengths lengths() const {
+    return Traits::kEven ? even_lengths(args) : load_lengths(s_work);
+  }
+  __device__ __forceinline__ tile::KeyWindow window() const { return lengths().window(args); }
+
+  /// Everything between the raw products and the weights of a block's first keys.
+  template <int N>
+  __device__ __forceinline__ void soften(float (&s)[N], tile::OnlineSoftmax& softmax, int row, int block, bool masked) {
     const int first_key = block * kBlockN;
-    if constexpr (Traits::kGeneral) general_scores<Traits>(s, args, batch, head, first_key, row, quad_lane());
-    // Wholly visible blocks need no mask: rows of the warpgroup from `top` to `top` + 63.
-    const int top = row - row_in_tile() + consumer * kRowsPerConsumer;
-    if (first_key + kBlockN > args.window.end(top) || first_key < args.window.begin(top + kRowsPerConsumer - 1))
-      tile::mask_by_position(s, args.window, first_key, row, quad_lane());
+    if constexpr (Traits::kGeneral) general_scores<Traits>(s, args, place(), lengths(), first_key, row, quad_lane());
+    if (masked) tile::mask_by_position(s, window(), first_key, row, quad_lane());
     softmax.take_max(s, args.scale_log2, args.threshold);
     if constexpr (Traits::kGeneral) look_for_keys(s);
     softmax.exponentiate(s, args.scale_log2);
   }
 
-  /// Rows to shared memory and from there to global memory, each warp its own 16 rows.
+  /// Rows to shared memory and from there to global memory, each warp its own 16 rows. `row`: the thread's, in its
+  /// sequence.
   __device__ __forceinline__ void store(const CUtensorMap* map_out, const float (&o)[kHeadDim / 2], int q_buffer,
-                                        int row, int head, int batch) const {
+                                        int row) const {
     const std::uint32_t s_out = s_base +
                                 (Traits::kTile.separate_out ? Plan::kOut : Plan::kQ + q_buffer * Traits::kQBytes) +
                                 (consumer * kRowsPerConsumer + warp() * 16) * kPanelRowBytes;
@@ -373,64 +532,93 @@ struct Consumer {
     }
     ptx::fence_proxy_async();
     __syncwarp();
-    if (lane() != 0) return;
+    const int first = row - (lane() >> 2);  // the warp's
+    // The rows behind a packed sequence belong to the next. The vote tells the compiler that all lanes agree:
+    // else it would keep the products' addresses in registers of each lane from here on (100 instructions a block).
+    if (!Traits::kEven && args.packed && __any_sync(tile::kAllLanes, first + 16 > lengths().seqlen_q)) {
+      store_last_rows(s_out, first);
+      __syncwarp();
+      if (!Traits::kTile.separate_out && lane() == 0) ptx::barrier_arrive(s_base + Plan::kEmptyQ + 8 * q_buffer);
+    } else if (lane() == 0) {
+      const FwdPlace place = this->place();
+      const int batch = !Traits::kEven && args.packed ? 0 : place.batch;
 #pragma unroll
-    for (int panel = 0; panel < Traits::kPanels; ++panel)
-      ptx::tma_store(map_out, s_out + panel * kBlockM * kPanelRowBytes, panel * kPanelColumns, row, head,
-                     batch);  // lane 0: the warp's first row
-    ptx::bulk_commit();
-    if (!Traits::kTile.separate_out) {
-      ptx::bulk_wait_read<0>();
-      ptx::barrier_arrive(s_base + Plan::kEmptyQ + 8 * q_buffer);
+      for (int panel = 0; panel < Traits::kPanels; ++panel)
+        ptx::tma_store(map_out, s_out + panel * kBlockM * kPanelRowBytes, panel * kPanelColumns, place.q_begin + first,
+                       place.head, batch);
+      ptx::bulk_commit();
+      if (!Traits::kTile.separate_out) {
+        ptx::bulk_wait_read<0>();
+        ptx::barrier_arrive(s_base + Plan::kEmptyQ + 8 * q_buffer);
+      }
     }
   }
 
-  __device__ __forceinline__ void store_lse(const tile::OnlineSoftmax& softmax, int row, int head, int batch) const {
+  /// The rows of a packed sequence's end, `first` and those behind it: the warp's 16 staged rows as far as they exist.
+  __device__ __forceinline__ void store_last_rows(std::uint32_t s_out, int first) const {
+    constexpr int kChunks = kHeadDim / 8;
+    const detail::TensorParams& out = args.params.out;
+    const int columns = args.params.size.head_dim_v;
+    const FwdPlace place = this->place();
+    const int rows = lengths().seqlen_q - first;
+    Element* target = static_cast<Element*>(out.data) + place.head * out.head;
+#pragma unroll 1
+    for (int i = lane(); i < rows * kChunks; i += 32) {
+      const int r = i / kChunks;
+      const int chunk = i % kChunks;
+      const int4 x = ptx::load_shared_x4(s_out + chunk / 8 * (kBlockM * kPanelRowBytes) + r * kPanelRowBytes +
+                                         ((chunk % 8 ^ (r & 7)) << 4));
+      Element* to = target + (place.q_begin + first + r) * out.seq + 8 * chunk;
+      const int pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int c = 0; c < 8; ++c)
+        if (8 * chunk + c < columns)
+          to[c].bits = static_cast<std::uint16_t>(static_cast<unsigned>(pairs[c / 2]) >> 16 * (c % 2));
+    }
+  }
+
+  __device__ __forceinline__ void store_lse(const tile::OnlineSoftmax& softmax, int row) const {
     const detail::RowParams& lse = args.params.lse;
     if (!lse.data) return;
+    const FwdPlace place = this->place();
+    const int seqlen_q = lengths().seqlen_q;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float value = is_empty(row, r) ? -INFINITY : softmax.lse(r, args.scale_log2);
-      if (quad_lane() == 0 && row + 8 * r < args.seqlen_q)
-        static_cast<float*>(lse.data)[batch * lse.batch + head * lse.head + (row + 8 * r) * lse.seq] = value;
+      if (quad_lane() == 0 && row + 8 * r < seqlen_q)
+        static_cast<float*>(
+            lse.data)[place.batch * lse.batch + place.head * lse.head + (place.q_begin + row + 8 * r) * lse.seq] =
+            value;
     }
-  }
-
-  /// The index of the block's n-th tile.
-  __device__ __forceinline__ int receive_tile(int n) const {
-    if constexpr (Traits::kEven) return n * gridDim.x + blockIdx.x;
-    const int slot = TileRing::stage(n);
-    wait_full(Plan::kFullTile, slot, TileRing::full_parity(n));
-    const int index = ptx::load_shared(s_base + Plan::kTiles + 4 * slot);
-    __syncwarp();
-    if (lane() == 0) ptx::barrier_arrive(s_base + Plan::kEmptyTile + 8 * slot);
-    return index;
   }
 
   /// Leaves word for the repair kernel (common/repair.h) whether excluded keys may have spoilt the warp's 16 rows. The
   /// repair is a kernel of its own because its mere presence in this one, called or inlined, cost 8 %.
-  __device__ __forceinline__ void flag_spoilt(const float (&o)[kHeadDim / 2], const tile::Tile& tile) const {
+  __device__ __forceinline__ void flag_spoilt(const float (&o)[kHeadDim / 2]) const {
     if constexpr (Traits::kEven) return;
     bool finite = true;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) finite = finite && fabsf(o[i]) < INFINITY;
     const bool spoilt = !__all_sync(tile::kAllLanes, finite);
-    const int group = (tile.m_block * Traits::kConsumers + consumer) * 4 + warp();
-    if (lane() == 0 && args.spoilt)
-      args.spoilt[tile.head * args.order.m_blocks * Traits::kConsumers * 4 + group] = spoilt;
+    const FwdPlace place = this->place();
+    const int first = place.m_block * kBlockM + consumer * kRowsPerConsumer + warp() * 16;
+    if (lane() == 0 && first < lengths().seqlen_q)
+      args.spoilt[detail::spoilt_flag(args.packed, args.flags_per_head, args.heads_q, place.batch, place.head,
+                                      place.q_begin, first)] = spoilt;
   }
 
-  __device__ __forceinline__ void run_tile(const CUtensorMap* map_out, int index);
+  __device__ __forceinline__ void run_tile(const CUtensorMap* map_out);
 };
 
 template <class Traits>
-__device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* map_out, int index) {
-  const tile::Tile tile = tile::tile_at(args.order, index);
-  const int batch = tile.head / args.heads_q;
-  const int head = tile.head - batch * args.heads_q;
-  const int row = tile.m_block * kBlockM + row_in_tile();
-  const BlockRange all = key_blocks<Traits>(args, tile.m_block * kBlockM);
-  const BlockRange blocks = own_blocks<Traits>(args, all, tile.m_block * kBlockM + consumer * kRowsPerConsumer);
+__device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* map_out) {
+  const int first_row = place().m_block * kBlockM;
+  const int row = first_row + row_in_tile();
+  const int top = first_row + consumer * kRowsPerConsumer;
+  const FwdLengths length = lengths();
+  const BlockRange all = key_blocks<Traits>(length.window(args), length.seqlen_q, first_row);
+  const BlockRange blocks = own_blocks<Traits>(length.window(args), length.seqlen_q, all, top);
+  const BlockRange whole = whole_blocks<Traits>(length.window(args), top);
   const int buffer = QRing::stage(q_use);
 
   float o[kHeadDim / 2];
@@ -441,7 +629,8 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
   if (args.params.sinks.data)
-    softmax.start_with(detail::head_value<float>(args.params.sinks, batch, head, 0.0f) * tile::kLog2e / args.scale_log2,
+    softmax.start_with(detail::head_value<float>(args.params.sinks, place().batch, place().head, 0.0f) * tile::kLog2e /
+                           args.scale_log2,
                        args.scale_log2, quad_lane() == 0);
 
   wait_full(Plan::kFullQ, buffer, QRing::full_parity(q_use));
@@ -452,12 +641,27 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
     pass(before, blocks.begin < blocks.end ? before : before - 1);
   }
   if (blocks.begin < blocks.end) {
-    wait_full(Plan::kFullK, KvRing::stage(kv_use), KvRing::full_parity(kv_use));
-    issue_scores(s, buffer, KvRing::stage(kv_use));
-    ptx::wgmma_wait<0>();
-    ptx::keep(s);
-    release(Plan::kEmptyK, KvRing::stage(kv_use));
-    soften(s, softmax, batch, head, row, blocks.end - 1);
+    const int first = blocks.end - 1;
+    const int keys = KvRing::stage(kv_use);
+    wait_full(Plan::kFullK, keys, KvRing::full_parity(kv_use));
+    const auto start = [&](auto& scores) {
+      issue_scores<2 * sizeof scores / sizeof scores[0]>(scores, buffer, keys);
+      ptx::wgmma_wait<0>();
+      ptx::keep(scores);
+      release(Plan::kEmptyK, keys);
+      soften(scores, softmax, row, first, first < whole.begin || first >= whole.end);
+    };
+    // On the diagonal every second consumer sees only the first half of the keys.
+    bool half = false;
+    if constexpr (Traits::kHalfFirst) {
+      half = window().end(top + kRowsPerConsumer - 1) <= first * kBlockN + kBlockN / 2;
+      if (half) {
+        start(reinterpret_cast<float (&)[kBlockN / 4]>(s));
+#pragma unroll
+        for (int i = kBlockN / 4; i < kBlockN / 2; ++i) s[i] = 0.0f;
+      }
+    }
+    if (!half) start(s);
     softmax.moved = false;  // there is no output to rescale yet
     tile::pack_weights<Element>(s, p);
 
@@ -477,7 +681,7 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
       ptx::wgmma_wait<1>();
       ptx::keep(s);
       release(Plan::kEmptyK, keys);
-      soften(s, softmax, batch, head, row, block);
+      soften(s, softmax, row, block, block < whole.begin || block >= whole.end);
       ptx::wgmma_wait<0>();
       ptx::keep(o);
       release(Plan::kEmptyV, values);
@@ -495,15 +699,16 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
     ++kv_use;
     if (!Traits::kEven) pass(blocks.begin - all.begin, blocks.begin - all.begin);
   } else if (Traits::kTile.separate_out) {
+    sync_warpgroup();
     release(Plan::kEmptyQ, buffer);
   }
 
-  flag_spoilt(o, tile);
+  flag_spoilt(o);
   const float inverse[2] = {softmax.finish(0), softmax.finish(1)};
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= inverse[i >> 1 & 1];
-  store(map_out, o, buffer, row, head, batch);
-  store_lse(softmax, row, head, batch);
+  store(map_out, o, buffer, row);
+  store_lse(softmax, row);
 }
 
 template <class Traits>
@@ -528,7 +733,8 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
     }
     for (int i = 0; i < kTileSlots; ++i) {
       ptx::barrier_init(s_base + Plan::kFullTile + 8 * i, 1);
-      ptx::barrier_init(s_base + Plan::kEmptyTile + 8 * i, Traits::kConsumers * 4);  // each warp reads for itself
+      ptx::barrier_init(s_base + Plan::kEmptyTile + 8 * i,
+                        Traits::kConsumers * 4 + 1);  // every warp, and the loading thread
     }
     ptx::fence_barrier_init();
   }
@@ -537,16 +743,25 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
   const int warpgroup = __shfl_sync(tile::kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Traits::kTile.producer_registers>();
-    if (threadIdx.x < 32 && ptx::elect()) produce<Traits>(&map_q, &map_k, &map_v, args, s_base);
+    const int warp = __shfl_sync(tile::kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+    if (warp == 0 && ptx::elect()) produce<Traits>(&map_q, &map_k, &map_v, args, s_base);
+    if (!Traits::kEven && warp == 1) schedule<Traits>(args, s_base);
   } else {
     ptx::take_registers<Traits::kTile.consumer_registers>();
     Consumer<Traits> self{args, s_base, warpgroup - 1, static_cast<int>(threadIdx.x) % kWarpgroup};
     if (self.consumer == 0) ptx::named_arrive(Consumer<Traits>::kFirstTurn, 2 * kWarpgroup);  // the first turn is given
 #pragma unroll 1
     for (int n = 0;; ++n) {
-      const int index = self.receive_tile(n);
-      if (index >= args.order.tiles) break;
-      self.run_tile(&map_out, index);
+      if constexpr (Traits::kEven) {
+        self.even = even_place(args, n * gridDim.x + blockIdx.x);
+      } else {
+        self.s_work = wait_for_tile<Traits>(s_base, n);
+      }
+      if (self.place().m_block < 0) break;
+      self.run_tile(&map_out);
+      if (Traits::kEven) continue;
+      __syncwarp();
+      if (self.lane() == 0) release_tile<Traits>(s_base, n);
     }
     ptx::bulk_wait_read<0>();  // shared memory must outlive the stores that read it
   }

@@ -9,14 +9,10 @@
 #include "../common/tensor_map.h"
 #include "../kernel.h"
 #include "fwd.cuh"
+#include "positions.cuh"
 #include "sm90.h"
 
 namespace flashcore::sm90 {
-
-/// Whether some tiles see more keys than others, so that blocks must draw them to stay even.
-inline bool tiles_differ(const detail::PositionParams& position) {
-  return position.causal || position.window_left >= 0 || position.window_right >= 0;
-}
 
 /// Heads whose keys and values are walked together: as many as half of the L2 cache holds where tiles differ in length
 /// (so that long ones can go first), else the heads of one group.
@@ -29,32 +25,36 @@ inline int section_heads(const detail::Params& p) {
   return static_cast<int>(std::min(heads, p.size.batch * p.size.heads_q));
 }
 
-inline tile::KeyWindow key_window(const detail::Params& p) {
-  const detail::PositionParams& position = p.position;
-  const auto shift = position.top_left ? 0 : static_cast<int>(p.size.seqlen_k - p.size.seqlen_q);
-  const int right = position.causal ? 0 : static_cast<int>(position.window_right);
-  return {static_cast<int>(p.size.seqlen_k), shift, static_cast<int>(position.window_left), right};
-}
-
 template <class Traits>
 void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
   constexpr int kOutRows = 16;  // a warp's
   const detail::SizeParams& size = p.size;
+  const detail::SequenceParams& sequence = p.sequence;
+  const bool packed = sequence.cu_seqlens_q != nullptr;
   const int m_blocks = static_cast<int>((size.seqlen_q + Traits::kBlockM - 1) / Traits::kBlockM);
   const int heads = static_cast<int>(size.batch * size.heads_q);
-  if (m_blocks * heads == 0) return;  // before the maps: they cannot be empty
-  const detail::MapShape keys{size.head_dim, size.seqlen_k, size.heads_k, size.batch};
-  const detail::MapShape values{size.head_dim_v, size.seqlen_k, size.heads_k, size.batch};
+  // Packed: the most tiles that sequences of this total can have.
+  const int tiles =
+      packed ? static_cast<int>(size.heads_q * (size.total_q / Traits::kBlockM + size.batch)) : m_blocks * heads;
+  if (m_blocks == 0 || tiles == 0) return;  // before the maps: they cannot be empty
+  const std::int64_t batch = packed ? 1 : size.batch;
+  const std::int64_t rows_q = packed ? size.total_q : size.seqlen_q;
+  const std::int64_t rows_k = packed ? size.total_k : size.seqlen_k;
   const detail::TensorMap q =
-      make_tensor_map(p.q, p.dtype, {size.head_dim, size.seqlen_q, size.heads_q, size.batch}, Traits::kBlockM);
-  const detail::TensorMap k = make_tensor_map(p.k, p.dtype, keys, Traits::kBlockN);
-  const detail::TensorMap v = make_tensor_map(p.v, p.dtype, values, Traits::kBlockN);
+      make_tensor_map(p.q, p.dtype, {size.head_dim, rows_q, size.heads_q, batch}, Traits::kBlockM);
+  const detail::TensorMap k =
+      make_tensor_map(p.k, p.dtype, {size.head_dim, rows_k, size.heads_k, batch}, Traits::kBlockN);
+  const detail::TensorMap v =
+      make_tensor_map(p.v, p.dtype, {size.head_dim_v, rows_k, size.heads_k, batch}, Traits::kBlockN);
   const detail::TensorMap out =
-      make_tensor_map(p.out, p.dtype, {size.head_dim_v, size.seqlen_q, size.heads_q, size.batch}, kOutRows);
+      make_tensor_map(p.out, p.dtype, {size.head_dim_v, rows_q, size.heads_q, batch}, kOutRows);
 
   FwdArgs args{};
-  args.order = {m_blocks, heads, section_heads(p), m_blocks * heads};
-  if (!Traits::kEven && tiles_differ(p.position) && args.order.tiles > plan.blocks) {
+  args.order = {m_blocks, heads, section_heads(p), tiles};
+  args.packed = packed;
+  args.sequences = packed || sequence.seqused_k;
+  const bool differ = tiles_differ(p.position) || args.sequences;
+  if (!Traits::kEven && differ && args.order.tiles > plan.blocks) {
     args.next_tile = detail::slice<unsigned>(workspace, plan.slices[kTileCounter]);
     cuda::check(cudaMemsetAsync(args.next_tile, 0, sizeof(unsigned), stream), "zeroing the tile counter");
   }
@@ -62,17 +62,20 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   args.seqlen_q = static_cast<int>(size.seqlen_q);
   args.heads_q = size.heads_q;
   args.group = size.heads_q / size.heads_k;
-  args.q_batch_step = q.batch_step;
+  args.q_batch_step = packed ? 0 : q.batch_step;
   args.q_head_step = q.head_step;
-  args.k_batch_step = k.batch_step;
+  args.k_batch_step = packed ? 0 : k.batch_step;
   args.k_head_step = k.head_step;
-  args.v_batch_step = v.batch_step;
+  args.v_batch_step = packed ? 0 : v.batch_step;
   args.v_head_step = v.head_step;
   const float kGrowth = 8;  // weights stay below 2^8 of the lazy maximum: room enough in float16
   args.scale_log2 = (Traits::kGeneral ? 1.0f : static_cast<float>(p.score.scale)) * tile::kLog2e;
   args.threshold = kGrowth / args.scale_log2;
   args.params = p;
-  if (!Traits::kEven) args.spoilt = detail::slice<std::uint8_t>(workspace, plan.slices[kSpoiltFlags]);
+  if (!Traits::kEven) {
+    args.spoilt = detail::slice<std::uint8_t>(workspace, plan.slices[kSpoiltFlags]);
+    args.flags_per_head = static_cast<int>(detail::spoilt_flags_per_head(packed, size));
+  }
 
   constexpr int kSharedBytes = SharedPlan<Traits>::kBytes;
   const auto kernel = fwd<Traits>;
@@ -85,14 +88,14 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   cuda::check(cudaLaunchKernelEx(&config, kernel, q.map, k.map, v.map, out.map, args), "launching sm90.fwd");
-  if (args.spoilt) repair_spoilt_rows(p, args.spoilt, std::int64_t{m_blocks} * Traits::kConsumers * 4, stream);
+  if (args.spoilt) repair_spoilt_rows(p, args.spoilt, stream);
 }
 
 template <class Element, int kHeadDim>
 void launch_fwd_kind(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
   if (p.score.softcap > 0 || p.alibi.data || p.bias.data || p.mask.data)
     return launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::general>>(plan, p, workspace, stream);
-  if (tiles_differ(p.position))
+  if (tiles_differ(p.position) || p.sequence.cu_seqlens_q || p.sequence.seqused_k)
     return launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::positional>>(plan, p, workspace, stream);
   launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::full>>(plan, p, workspace, stream);
 }

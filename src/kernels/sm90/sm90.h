@@ -12,7 +12,11 @@ enum FwdSlice { kTileCounter, kSpoiltFlags };
 void launch_fwd_d64(const detail::Plan&, const detail::Params&, void* workspace, Stream);
 void launch_fwd_d96(const detail::Plan&, const detail::Params&, void* workspace, Stream);
 void launch_fwd_d128(const detail::Plan&, const detail::Params&, void* workspace, Stream);
+void launch_fwd_d192(const detail::Plan&, const detail::Params&, void* workspace, Stream);
 void launch_fwd_d256(const detail::Plan&, const detail::Params&, void* workspace, Stream);
+
+/// The kernel for small problems.
+void launch_fwd_small(const detail::Plan&, const detail::Params&, void* workspace, Stream);
 
 /// The rows of this folder, best first.
 detail::KernelTable table();

@@ -3,8 +3,10 @@
 #include <iterator>
 #include <string>
 
+#include "../common/repair.h"
 #include "flashcore/device.h"
 #include "sm90.h"
+#include "tiles.h"
 
 namespace flashcore::sm90 {
 namespace {
@@ -13,9 +15,27 @@ using detail::Kernel;
 using detail::Plan;
 using detail::Problem;
 
-constexpr detail::FeatureSet kForwardFeatures =
-    detail::kCausal | detail::kCausalTopLeft | detail::kWindow | detail::kMask | detail::kBias | detail::kSoftcap |
-    detail::kAlibi | detail::kSinks | detail::kGroupedHeads | detail::kHeadDimV | detail::kLse;
+constexpr detail::FeatureSet kForwardFeatures = detail::kCausal | detail::kCausalTopLeft | detail::kWindow |
+                                                detail::kMask | detail::kBias | detail::kSoftcap | detail::kAlibi |
+                                                detail::kSinks | detail::kVarlen | detail::kSequsedK |
+                                                detail::kGroupedHeads | detail::kHeadDimV | detail::kLse;
+
+constexpr detail::FeatureSet kPositionFeatures = detail::kCausal | detail::kCausalTopLeft | detail::kWindow;
+constexpr detail::FeatureSet kSmallFeatures =
+    kPositionFeatures | detail::kSinks | detail::kGroupedHeads | detail::kHeadDimV | detail::kLse;
+
+std::string refuse_small(const Problem& problem, const DeviceInfo& device) {
+  if (device.compute_major != 9) return "needs compute capability 9.0";
+  const detail::Sizes& s = problem.size;
+  const std::int64_t head_dim = std::max(s.head_dim, s.head_dim_v);
+  if (head_dim > 128) return "holds head_dim up to 128";
+  if (!(problem.scale > 0)) return "needs a positive scale";
+  const std::int64_t keys = kSmallParts * small_keys(static_cast<int>(head_dim), s.seqlen_k);
+  if (s.seqlen_k == 0 || s.seqlen_k > keys) return "holds 1 to " + std::to_string(keys) + " keys";
+  const std::int64_t tiles = (s.seqlen_q + kSmallQueries - 1) / kSmallQueries * s.batch * s.heads_q;
+  if (tiles > device.multiprocessors) return "is for at most one tile of 64 queries for each multiprocessor";
+  return {};
+}
 
 /// `bucket`: the head_dim the kernel is compiled for.
 template <int bucket>
@@ -25,24 +45,29 @@ std::string refuse_forward(const Problem& problem, const DeviceInfo& device) {
   const std::int64_t head_dim = std::max(problem.size.head_dim, problem.size.head_dim_v);
   if (head_dim > bucket) return "holds head_dim up to " + std::to_string(bucket);
   if (!(problem.scale > 0)) return "needs a positive scale";
-  if (problem.size.seqlen_k == 0) return "needs at least one key";
+  if (problem.size.seqlen_k == 0 || problem.size.total_k == 0) return "needs at least one key";
   const detail::Sizes& s = problem.size;
-  if (s.seqlen_q > kMaxRows || s.seqlen_k > kMaxRows || s.batch * s.heads_q * (s.seqlen_q / 64 + 1) > kMaxRows)
-    return "counts rows and tiles in 32 bits";
+  if ((problem.flags & detail::kVarlen) && (s.batch == 0 || s.seqlen_q == 0)) return "needs at least one query";
+  const std::int64_t tiles = s.heads_q * (s.total_q / 64 + s.batch);
+  if (s.total_q > kMaxRows || s.total_k > kMaxRows || tiles > kMaxRows) return "counts rows and tiles in 32 bits";
   return {};
 }
 
 void plan_forward(const Problem& problem, const DeviceInfo& device, Plan& plan) {
-  constexpr detail::FeatureSet kUneven =
-      detail::kCausal | detail::kWindow | detail::kMask | detail::kBias | detail::kSoftcap | detail::kAlibi;
-  constexpr std::int64_t kFlagRows = 16;
-  constexpr std::int64_t kLargestBlock = 192;
+  constexpr detail::FeatureSet kUneven = kPositionFeatures | detail::kMask | detail::kBias | detail::kSoftcap |
+                                         detail::kAlibi | detail::kVarlen | detail::kSequsedK;
   plan.blocks = device.multiprocessors;
-  if (!(detail::features_of(problem) & kUneven)) return;
+  const detail::FeatureSet features = detail::features_of(problem);
+  if (!(features & kUneven)) return;
   const detail::Sizes& s = problem.size;
-  const std::int64_t flags = (s.seqlen_q + kLargestBlock) / kFlagRows + 1;  // of a head, whatever the tile
+  detail::SizeParams size;
+  size.batch = s.batch;
+  size.seqlen_q = s.seqlen_q;
+  size.total_q = s.total_q;
+  size.heads_q = static_cast<std::int32_t>(s.heads_q);
   plan.slices[kTileCounter] = plan.workspace.add(sizeof(unsigned));
-  plan.slices[kSpoiltFlags] = plan.workspace.add(static_cast<std::size_t>(s.batch * s.heads_q * flags));
+  plan.slices[kSpoiltFlags] =
+      plan.workspace.add(static_cast<std::size_t>(detail::spoilt_flags((features & detail::kVarlen) != 0, size)));
 }
 
 template <int bucket>
@@ -58,9 +83,12 @@ constexpr Kernel forward_row(const char* name, void (*launch)(const Plan&, const
 }
 
 constexpr Kernel kRows[] = {
+    {"cuda.sm90.fwd_small", DeviceType::cuda, detail::bit(detail::Phase::forward), kSmallFeatures,
+     detail::bit(DType::float16) | detail::bit(DType::bfloat16), refuse_small, nullptr, launch_fwd_small},
     forward_row<64>("cuda.sm90.fwd_d64", launch_fwd_d64),
     forward_row<96>("cuda.sm90.fwd_d96", launch_fwd_d96),
     forward_row<128>("cuda.sm90.fwd_d128", launch_fwd_d128),
+    forward_row<192>("cuda.sm90.fwd_d192", launch_fwd_d192),
     forward_row<256>("cuda.sm90.fwd_d256", launch_fwd_d256),
 };
 
