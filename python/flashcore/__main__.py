@@ -1,4 +1,4 @@
-"""The command line: python -m flashcore info | explain | demo."""
+"""The command line: python -m flashcore info | explain | demo | bench."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Optional
 from rich.console import Console
 
 from . import CudaError, Unsupported, __version__
-from .cli import demo, explain, info
+from .cli import bench, demo, explain, info
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flashcore", description="Fused attention for CUDA and the CPU.")
     parser.add_argument("--version", action="version", version=f"flashcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (info, explain, demo):
+    for module in (info, explain, demo, bench):
         module.add_parser(commands).set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     try:
