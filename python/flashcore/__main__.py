@@ -22,7 +22,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     arguments = parser.parse_args(words)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, TypeError, MemoryError, Unsupported, CudaError) as error:
+    except (ValueError, TypeError, MemoryError, OSError, RuntimeError, Unsupported, CudaError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 

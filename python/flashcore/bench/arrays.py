@@ -82,9 +82,12 @@ class Maker:
         return bits
 
 
-def make(case: Case, maker: Maker) -> Arrays:
-    """The arrays of a case by the names that flashcore's functions give them, results included. (batch, heads, seqlen,
-    head_dim), packed (tokens, heads, head_dim). Raises ValueError for words that no arrays are made for."""
+def make(case: Case, maker: Maker, results: bool = False) -> Arrays:
+    """The arrays of a case by the names that flashcore's functions give them: (batch, heads, seqlen, head_dim), packed
+    (tokens, heads, head_dim). With `results` also those that a call writes to.
+
+    Raises ValueError for words that no arrays are made for.
+    """
     for word in ("unaligned", *(f"out_{dtype}" for dtype in NAMES)):
         if word in case.words:
             raise ValueError(f'"{case.line}": no arrays are made for "{word}"')
@@ -97,12 +100,14 @@ def make(case: Case, maker: Maker) -> Arrays:
     if "varlen" in case.words:
         tokens = sum(case.lengths("q"))
         rows, out_shape = (case.heads_q, tokens), (tokens, case.heads_q, case.head_dim_v)
-    arrays["out"] = maker.empty(out_shape, out_dtype)
-    if "lse" in case.words or case.phase == "bwd":
-        arrays["lse"] = maker.empty(rows, lse_dtype)
+    if results and case.phase == "bwd":
+        arrays |= {f"d{name}": maker.empty(arrays[name].shape, dtype) for name in "qkv"}
+    elif results:
+        arrays["out"] = maker.empty(out_shape, out_dtype)
+        if "lse" in case.words:
+            arrays["lse"] = maker.empty(rows, lse_dtype)
     if case.phase == "bwd":
         arrays["dout"] = maker.normal(out_shape, dtype)
-        arrays |= {f"d{name}": maker.empty(arrays[name].shape, dtype) for name in "qkv"}
         if "dlse" in case.words:
             arrays["dlse"] = maker.normal(rows, lse_dtype)
     return arrays | _extras(case, maker)

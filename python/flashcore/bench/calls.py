@@ -31,9 +31,13 @@ def keywords(case: Case) -> dict[str, Any]:
 
 
 def ours(case: Case, arrays: Arrays, stream: Optional[int] = None, kernel: Optional[str] = None) -> Call:
-    """The call on these arrays, which writes to those of them that are results; it returns out, or the gradients."""
-    words = keywords(case) | {"kernel": kernel, "stream": stream}
+    """The call on these arrays, written as a caller would: with no word that it does not need. It returns out, with lse
+    where the line has it, or the gradients; in the arrays given for them, else in new ones."""
+    forced = {"kernel": kernel, "stream": stream}
+    words = keywords(case) | {name: value for name, value in forced.items() if value is not None}
     given = dict(arrays)
+    if "lse" in case.words and "lse" not in given:
+        words["return_lse"] = True
     if case.decode:
         q, k, v = given.pop("q"), given.pop("k_cache"), given.pop("v_cache")
         if case.words.get("rotary", "").endswith("i"):
@@ -46,9 +50,10 @@ def ours(case: Case, arrays: Arrays, stream: Optional[int] = None, kernel: Optio
     if case.phase == "fwd":
         return lambda: forward(q, k, v, **given, **words)
     backward_only = {name: given.pop(name) for name in ("dout", "dq", "dk", "dv", "dlse") if name in given}
-    forward(q, k, v, **given, **words)  # writes the out and lse that the backward call reads
-    dout, out, lse = backward_only.pop("dout"), given.pop("out"), given.pop("lse")
-    words["deterministic"] = "deterministic" in case.words
+    out, lse = forward(q, k, v, **given, **words | {"return_lse": True})
+    dout = backward_only.pop("dout")
+    if "deterministic" in case.words:
+        words["deterministic"] = True
     return lambda: attention_backward(dout, q, k, v, out, lse, **backward_only, **given, **words)
 
 

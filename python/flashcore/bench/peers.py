@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -173,6 +174,14 @@ def _output(result: Any) -> Any:
 # ---- FlashInfer ------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _flashinfer_workspace(device: str) -> Any:
+    """One for all calls: they take turns on one stream."""
+    import torch
+
+    return torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
+
+
 def _flashinfer(case: Case, arrays: Arrays, stage: Stage) -> Call:
     import flashinfer
 
@@ -181,8 +190,7 @@ def _flashinfer(case: Case, arrays: Arrays, stage: Stage) -> Call:
         raise CannotDo("has no backward pass")
     if case.causal == "top_left" and case.seqlen_q != case.seqlen_k:
         raise CannotDo("its causal rule is aligned bottom-right")
-    torch = stage.torch
-    workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=stage.device)
+    torch, workspace = stage.torch, _flashinfer_workspace(stage.device)
     words: dict[str, Any] = {"sm_scale": case.scale}
     if "softcap" in case.words:
         words["logits_soft_cap"] = case.real("softcap")
@@ -291,6 +299,7 @@ def _find_flashinfer(stage: Stage) -> Peer:
 
 
 def _find_jax(stage: Stage) -> Peer:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory to the others
     jax = _module("jax")
     if stage.clock_name == "events":
         raise CannotDo(

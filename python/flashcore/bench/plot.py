@@ -7,6 +7,7 @@ from typing import Any
 
 from . import ladder
 from .cases import Case, parse
+from .report import number
 from .results import OURS, Data
 
 FORMATS = (".png", ".svg")
@@ -110,7 +111,7 @@ def climb(entry: Data, path: Path) -> None:
     speeds = [scalar / us for _, us in steps]
     ours = [name == OURS or name.startswith("flashcore ") for name, _ in steps]
     bars = axis.barh(names, speeds, color=["C0" if mine else "0.7" for mine in ours])
-    axis.bar_label(bars, [f" {speed:.1f}× ({us:.1f} µs)" for speed, (_, us) in zip(speeds, steps, strict=True)])
+    axis.bar_label(bars, [f" {speed:.1f}× ({number(us)} µs)" for speed, (_, us) in zip(speeds, steps, strict=True)])
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(right=max(speeds) * 6)

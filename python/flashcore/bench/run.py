@@ -79,7 +79,7 @@ def measure(line: str, stage: Stage, peers: Sequence[Peer], settings: Settings) 
 
 def _measure_into(entry: Data, case: Case, stage: Stage, peers: Sequence[Peer], settings: Settings) -> None:
     try:
-        sets = [make(case, stage.maker) for _ in range(stage.copies(case.bytes))]
+        sets = [make(case, stage.maker, results=stage.torch is None) for _ in range(stage.copies(case.bytes))]
     except (MemoryError, ValueError) as error:
         entry["failures"][OURS] = str(error)
         return
