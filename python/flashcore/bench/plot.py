@@ -46,58 +46,61 @@ def _emphasis(name: str) -> dict[str, Any]:
 
 
 def family(case: Case) -> str:
-    """What a case is drawn with: calls that differ in their sequence length alone."""
-    mask = "causal" if case.causal and not case.decode else "full"
-    return f"{PHASES[case.phase]} {case.dtype}, head_dim {case.head_dim}, {mask}"
+    """The row of panels that a case is drawn in: calls that differ in head_dim and length alone."""
+    words = [PHASES[case.phase], case.dtype]
+    words += [f"{case.heads_q // case.heads_k} heads share keys"] * (case.heads_q != case.heads_k)
+    others = [word + value for word, value in case.words.items()]
+    return ", ".join([*words, *(others or ([] if case.decode else ["full"]))])
+
+
+def length(case: Case) -> int:
+    """Where a case stands on the axis: its sequence length, in decode the keys in all caches."""
+    return case.batch * case.seqlen_k if case.decode else case.seqlen_k
 
 
 def by_seqlen(data: Data, path: Path) -> None:
-    """Speed by sequence length: a panel for each phase, dtype, head_dim and mask; decode in GB/s."""
-    panels: dict[str, list[tuple[Case, Data]]] = {}
+    """Speed by sequence length, decode in GB/s: a column of panels for each head_dim, a row for each family."""
+    panels: dict[tuple[str, int], list[tuple[Case, Data]]] = {}
     for entry in data["cases"]:
         case = parse(entry["line"])
         if entry["results"]:
-            panels.setdefault(family(case), []).append((case, entry))
-    widest = max((len(members) for members in panels.values()), default=0)
-    panels = {name: members for name, members in panels.items() if len(members) > 1 or widest == 1}
+            panels.setdefault((family(case), case.head_dim), []).append((case, entry))
+    several = {key: members for key, members in panels.items() if len({length(case) for case, _ in members}) > 1}
+    panels = several or panels  # a point alone is no curve, unless there is nothing else
     if not panels:
         raise ValueError(f"{path}: there is nothing to draw: no case was timed")
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = _figure(4 * columns + 0.5, 3.1 * rows + 0.6)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    families, dims = (list(dict.fromkeys(column)) for column in zip(*panels, strict=True))
+    families, dims = sorted(families, key=lambda name: name.split(", ")[0] != PHASES["fwd"]), sorted(dims)
+    figure = _figure(3.9 * len(dims) + 0.6, 3.0 * len(families) + 0.6)
+    axes = figure.subplots(len(families), len(dims), squeeze=False, sharey="row")
     shown: dict[str, Any] = {}
-    for axis, (name, members) in zip(axes.flat, panels.items(), strict=False):
-        _draw_panel(axis, members, shown)
-        axis.set_title(name, fontsize=10)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
+    for row, name in enumerate(families):
+        for column, dim in enumerate(dims):
+            axis, members = axes[row][column], panels.get((name, dim))
+            if members is None:
+                axis.set_axis_off()
+                continue
+            _draw_panel(axis, members, shown)
+            axis.set_title(f"{name}, head_dim {dim}", fontsize=10)
+            axis.set_ylabel("" if column else "GB/s" if members[0][0].decode else "TFLOP/s")
+        axes[row][0].set_ylim(bottom=0)  # once the whole row, which shares the axis, is drawn
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
 
 def _draw_panel(axis: Any, members: list[tuple[Case, Data]], shown: dict[str, Any]) -> None:
     decode = members[0][0].decode
-    unit = "gbs" if decode else "tflops"
-    order = list(dict.fromkeys(name for _, entry in members for name in entry["results"]))
-    colours = {name: f"C{index}" for index, name in enumerate([*shown, *(n for n in order if n not in shown)])}
-    for name in order:
-        points: dict[int, float] = {}
-        for case, entry in members:
-            if name in entry["results"]:
-                points.setdefault(case.seqlen_k, entry["results"][name][unit])
-        lengths = sorted(points)
-        (line,) = axis.plot(
-            lengths, [points[n] for n in lengths], marker="o", markersize=4, color=colours[name], **_emphasis(name)
-        )
+    for name in dict.fromkeys(name for _, entry in members for name in entry["results"]):
+        rates = {length(c): e["results"][name] for c, e in reversed(members) if name in e["results"]}
+        points = sorted((place, result["gbs" if decode else "tflops"]) for place, result in rates.items())
+        colour = shown[name].get_color() if name in shown else f"C{len(shown)}"
+        (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, **_emphasis(name))
         shown.setdefault(name, line)
-    ticks = sorted({case.seqlen_k for case, _ in members})
+    ticks = sorted({length(case) for case, _ in members})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [_thousands(tick) for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("GB/s" if decode else "TFLOP/s")
-    axis.set_xlabel("keys" if decode else "sequence length")
+    axis.set_xlabel("keys in all caches" if decode else "sequence length")
     axis.grid(alpha=0.3)
 
 
