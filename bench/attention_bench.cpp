@@ -1,4 +1,5 @@
-// attention_bench: times problem lines on a device: line, kernel, and the spread of the times in microseconds.
+// attention_bench: times problem lines on a device: line, kernel, and the spread of the times in microseconds. With
+// --once it makes each call a single time, for a profiler.
 #include <flashcore/flashcore.h>
 
 #include <algorithm>
@@ -18,6 +19,7 @@ struct Settings {
   flashcore::Device device;
   int warm_up = 20;
   int samples = 100;
+  bool once = false;
 };
 
 constexpr double kSampleSeconds = 1e-3;  // short calls are repeated for so long
@@ -56,6 +58,12 @@ void time_line(const std::string& text, const Settings& settings) {
   const flashcore::AttentionPlan plan = call.plan();
   const flashcore::Buffer workspace(plan.workspace_bytes(), settings.device, nullptr);
   flashcore::synchronize(settings.device);  // the stopwatch's stream waits for no other
+  if (settings.once) {
+    call.run(plan, workspace.data(), nullptr);
+    flashcore::synchronize(settings.device);
+    std::printf("%s  %s\n", line.canonical.c_str(), plan.kernel().c_str());
+    return;
+  }
   const std::vector<double> times = sample(call, plan, workspace.data(), settings);
   const double mean = std::accumulate(times.begin(), times.end(), 0.0) / static_cast<double>(times.size());
   double squares = 0;
@@ -68,14 +76,24 @@ void time_line(const std::string& text, const Settings& settings) {
   std::fflush(stdout);
 }
 
+void print_header(flashcore::Device device) {
+  std::printf("%s\n%-56s  %-22s", flashcore::device_info(device).name.c_str(), "microseconds", "kernel");
+  for (const char* name : {"mean", "std", "min", "p50", "p90", "p95", "p99"}) std::printf(" %10s", name);
+  std::printf("\n");
+}
+
 int help() {
-  std::printf("usage: attention_bench [--device cpu|cuda] [--warm-up N] [--samples N] <problem line>...\n%s\n",
+  std::printf("usage: attention_bench [--device cpu|cuda] [--warm-up N] [--samples N] [--once] <problem line>...\n%s\n",
               flashcore::problem_line_help().c_str());
   return 2;
 }
 
-/// Takes "--name value" off the front of the words; false for an option or a value that there is not.
+/// Takes "--name value" or "--once" off the front of the words; false for an option or a value that there is not.
 bool take_option(std::vector<std::string>& words, Settings& settings) {
+  if (words[0] == "--once") {
+    words.erase(words.begin());
+    return settings.once = true;
+  }
   if (words.size() < 2) return false;
   const std::string name = words[0], value = words[1];
   words.erase(words.begin(), words.begin() + 2);
@@ -102,9 +120,7 @@ int main(int argc, char** argv) {
     if (!take_option(words, settings)) return help();
   if (words.empty()) return help();
   try {
-    std::printf("%s\n%-56s  %-22s", flashcore::device_info(settings.device).name.c_str(), "microseconds", "kernel");
-    for (const char* name : {"mean", "std", "min", "p50", "p90", "p95", "p99"}) std::printf(" %10s", name);
-    std::printf("\n");
+    if (!settings.once) print_header(settings.device);
     for (const std::string& line : words) time_line(line, settings);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "attention_bench: %s\n", error.what());

@@ -63,6 +63,11 @@ class CudaStopwatch : public testing::Test {
     view_ = TensorView::contiguous(buffer_.data(), DType::float32, device_, {1});
   }
 
+  void TearDown() override {
+    buffer_ = Buffer();
+    empty_cache();  // before the stream goes that the memory was taken in order with
+  }
+
   void double_it() { vector_add(view_, view_, view_, stopwatch_->stream()); }
 
   float value() {

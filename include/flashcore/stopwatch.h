@@ -38,7 +38,8 @@ class FLASHCORE_API Stopwatch {
   Stopwatch& operator=(Stopwatch&&) noexcept;
   ~Stopwatch();
 
-  /// A stream of its own, which waits for no other: what is to be timed is queued here. Null on the CPU.
+  /// A stream of its own, which waits for no other: what is to be timed is queued here. Null on the CPU. It goes with
+  /// the stopwatch: give Buffers that were taken on it back before, and call `empty_cache`.
   Stream stream() const noexcept;
 
   void start();

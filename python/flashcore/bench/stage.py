@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, Optional
 
 from .. import _core, device_info
@@ -17,6 +18,12 @@ CACHES = ("rotate", "flush", "warm")
 CLOCKS = ("events", "wall")
 
 Calls = list[Callable[[], Any]]
+
+
+@cache
+def _stopwatch(cuda: bool, index: int) -> Any:
+    """One a device for the whole process: memory that is kept for reuse belongs to its stream."""
+    return _core.Stopwatch(cuda, index)
 
 
 class Stage:
@@ -32,7 +39,7 @@ class Stage:
         self.info = device_info(f"cuda:{self.index}" if self.cuda else "cpu")
         self.clock_name = clock if self.cuda else "wall"
         self.caches = caches if self.cuda else "warm"
-        self._stopwatch = _core.Stopwatch(self.cuda, self.index)
+        self._stopwatch = _stopwatch(self.cuda, self.index)
         self.stream: Optional[int] = self._stopwatch.stream if self.cuda else None
         self.maker = Maker(self.cuda, self.index, self.stream or 0)
         self.torch = self._usable_torch()
@@ -154,6 +161,3 @@ class Stage:
         _core.empty_cache()
         if self.cuda and self.torch:
             self.torch.cuda.empty_cache()
-
-    def no_gradients(self) -> Any:
-        return self.torch.no_grad() if self.torch else nullcontext()
