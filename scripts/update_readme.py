@@ -31,6 +31,8 @@ def cell(result: dict | None, best: bool) -> str:
 def gpu_section() -> str:
     data = json.loads(RESULT.read_text())
     machine = data["machine"]
+    rotates = data.get("settings", {}).get("caches") == "rotate"
+    inputs = ", on inputs that rotate through more than the L2 cache" if rotates else ""
     names = list(dict.fromkeys(name for case in data["cases"] for name in case["results"]))
     rows = []
     for case in data["cases"]:
@@ -42,8 +44,8 @@ def gpu_section() -> str:
         [
             f"Forward on one {machine['gpu']} (driver {machine['driver']}, CUDA {machine['cuda']}, torch "
             f"{machine['torch']}, cuDNN {machine['cudnn']}; {machine['date']}, commit {machine['git_sha'][:12]}): "
-            "TFLOP/s, or µs where that is under 20, by CUDA-graph replay, all in one process, taking turns, medians. "
-            "The last column is the time of the best other library over ours: above 1 we are ahead.",
+            f"TFLOP/s, or µs where that is under 20, by CUDA-graph replay{inputs}, all in one process, taking turns, "
+            "medians. The last column is the time of the best other library over ours: above 1 we are ahead.",
             "",
             f"![Forward speed by sequence length]({PICTURE.relative_to(ROOT)})",
             "",

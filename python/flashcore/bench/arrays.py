@@ -72,8 +72,8 @@ class Maker:
         if dtype not in self._encoded:
             self._encoded[dtype] = encode(self._pool, dtype)
         bits, count = self._encoded[dtype], int(np.prod(shape))
-        self._taken = (self._taken + 7919) % POOL
-        return self.of(np.resize(np.roll(bits, self._taken), count).reshape(shape), dtype)
+        self._taken = (self._taken + 7919) % (POOL // 2)
+        return self.of(np.resize(bits[self._taken :], count).reshape(shape), dtype)
 
     def host(self, array: Any) -> Any:
         """An array's bits in host memory, once all that is queued is done."""

@@ -145,7 +145,7 @@ def _flash_attention(module: Any, table_word: str) -> Callable[[Case, Arrays, St
             words["cache_seqlens"] = arrays["cache_seqlens"]
             if "block_table" in arrays:
                 words[table_word] = arrays["block_table"]
-            return lambda: module.flash_attn_with_kvcache(q, k, v, **words)
+            return lambda: _output(module.flash_attn_with_kvcache(q, k, v, **words))
         if "varlen" in case.words:
             bounds = (arrays["cu_seqlens_q"], arrays["cu_seqlens_k"], case.seqlen_q, case.seqlen_k)
             leaves = [arrays[name].detach() for name in "qkv"]

@@ -14,6 +14,7 @@ from .arrays import Arrays, Maker
 from .timing import Contender
 
 MOST_COPIES = 64
+LONG_CALL = 0.05
 CACHES = ("rotate", "flush", "warm")
 CLOCKS = ("events", "wall")
 
@@ -146,8 +147,9 @@ class Stage:
 
         return replay
 
-    def host_seconds(self, call: Callable[[], Any], repeats: int = 20) -> float:
+    def host_seconds(self, call: Callable[[], Any]) -> float:
         """What the host spends on one call, the device's work left out."""
+        repeats = 20 if self.clock(lambda _: call(), 1) < LONG_CALL else 1
         self.wait()
         start = time.perf_counter()
         for _ in range(repeats):
