@@ -320,6 +320,15 @@ def test_files_without_quartiles_are_compared_by_their_extremes():
     assert change.verdict == "same"
 
 
+def test_what_the_others_did_tells_the_machine_from_the_code():
+    old, new = (
+        data(entry(SDPA=10.0), entry(cases.MISSION, SDPA=20.0)),
+        data(entry(SDPA=40.0), entry(cases.MISSION, SDPA=20.0)),
+    )
+    assert compare.drift(old, new) == {"SDPA": pytest.approx(2.0)}
+    assert compare.drift(data(entry()), data(entry(SDPA=10.0))) == {}
+
+
 def test_another_machine_is_pointed_out():
     assert compare.differences(data(gpu="A"), data(gpu="B")) == ["gpu: A then, B now"]
     assert compare.differences(data(gpu="A"), data(gpu="A")) == []

@@ -69,8 +69,7 @@ void bind_stopwatch(nb::module_& m) {
       .def("stop", &Stopwatch::stop, nb::call_guard<nb::gil_scoped_release>(),
            "Seconds from start() until what was queued since is done.")
       .def(
-          "record",
-          [](Stopwatch& self, nb::callable work) { return self.record([work = std::move(work)] { work(); }); },
+          "record", [](Stopwatch& self, nb::object work) { return self.record([work = std::move(work)] { work(); }); },
           nb::arg("work"), nb::keep_alive<0, 1>());
   m.def("copy_in", &copy_in, nb::arg("array"), nb::arg("host"), nb::arg("bytes"), nb::arg("stream"),
         "Fills an Array from the host memory at this address.");

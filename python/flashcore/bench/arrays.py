@@ -11,7 +11,7 @@ from .. import _core
 from .cases import MASK_BLOCK, Case
 
 NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "e4m3": "float8_e4m3"}
-_BITS = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "bfloat16": np.uint16}
+_BITS: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "bfloat16": np.uint16}
 _BITS |= {"float8_e4m3": np.uint8, "int32": np.int32, "bool": np.bool_}
 #: random numbers repeat after so many
 POOL = 1 << 22
@@ -95,8 +95,8 @@ def make(case: Case, maker: Maker, results: bool = False) -> Arrays:
     dtype = NAMES[case.dtype]
     out_dtype = "bfloat16" if dtype == "float8_e4m3" else dtype
     lse_dtype = "float64" if dtype == "float64" else "float32"
-    rows = (case.batch, case.heads_q, case.seqlen_q)
-    out_shape = (*rows, case.head_dim_v)
+    rows: tuple[int, ...] = (case.batch, case.heads_q, case.seqlen_q)
+    out_shape: tuple[int, ...] = (*rows, case.head_dim_v)
     if "varlen" in case.words:
         tokens = sum(case.lengths("q"))
         rows, out_shape = (case.heads_q, tokens), (tokens, case.heads_q, case.head_dim_v)

@@ -23,7 +23,7 @@ def _median_seconds(stage: Stage, call: Callable[[], Any]) -> float:
             call()
 
     queue(2)
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + SECONDS
     while len(times) < 3 or time.perf_counter() < end:
         times.append(stage.clock(queue, 2) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 from .results import OURS, Data
@@ -46,6 +47,13 @@ def changes(old: Data, new: Data, contender: str = OURS) -> list[Change]:
         if was and now:
             found.append(Change(entry["line"], was["us"], now["us"], verdict(was, now)))
     return found
+
+
+def drift(old: Data, new: Data) -> dict[str, float]:
+    """New time over old of each other contender, geometric mean over the cases: how the machine itself has changed."""
+    names = {name for entry in new["cases"] for name in entry["results"] if not name.startswith(OURS)}
+    ratios = {name: [change.ratio for change in changes(old, new, name)] for name in sorted(names)}
+    return {name: geometric_mean(found) for name, found in ratios.items() if found}
 
 
 def differences(old: Data, new: Data) -> list[str]:

@@ -81,7 +81,8 @@ class Sample:
             part = self._numbers(got, lambda x: x[-1, -1, self._rows])
         else:
             part = self._numbers(got, lambda x: x[-1, self._rows, -1])
-        return float(np.linalg.norm(part - self.exact) / max(np.linalg.norm(self.exact), 1e-300))
+        size = float(np.linalg.norm(self.exact))
+        return float(np.linalg.norm(part - self.exact)) / max(size, 1e-300)
 
     def _numbers(self, array: Any, pick: Any) -> Any:
         if hasattr(array, "detach"):

@@ -8,13 +8,13 @@ from .report import number, table
 from .results import OURS, Data
 from .run import KERNEL_PREFIX, kernels_of
 
-PREFIX = "ladder."
+TEACHING = "ladder."
 
 
 def rungs(line: str, device: str) -> list[str]:
     """The kernels to force: the scalar reference, then the teaching rungs in the order of their table."""
     names = kernels_of(line, device)
-    return [name for name in names if name.endswith(".reference")] + [name for name in names if name.startswith(PREFIX)]
+    return [name for name in names if name.endswith(".reference")] + [name for name in names if TEACHING in name]
 
 
 def climb(entry: Data) -> list[tuple[str, float]]:

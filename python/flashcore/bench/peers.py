@@ -68,8 +68,9 @@ def _boolean_mask(case: Case, arrays: Arrays, torch: Any) -> Any:
     distance = diagonal - torch.arange(case.seqlen_k, device=device)
     left, right = case.window
     keep = torch.ones_like(distance, dtype=torch.bool)
-    if case.causal or right is not None:
-        keep &= distance >= -(0 if case.causal else right)
+    reach = 0 if case.causal else right
+    if reach is not None:
+        keep &= distance >= -reach
     if left is not None:
         keep &= distance <= left
     return keep & arrays["mask"] if "mask" in case.words else keep
@@ -183,8 +184,7 @@ def _flashinfer_workspace(device: str) -> Any:
 
 
 def _flashinfer(case: Case, arrays: Arrays, stage: Stage) -> Call:
-    import flashinfer
-
+    flashinfer = importlib.import_module("flashinfer")
     _refuse_words(case, "page", "softcap")
     if case.phase == "bwd":
         raise CannotDo("has no backward pass")
@@ -250,12 +250,12 @@ def _jax(case: Case, arrays: Arrays, stage: Stage) -> Call:
 def _jax_waits(result: Any) -> Any:
     import jax
 
-    return jax.block_until_ready(result)
+    return jax.block_until_ready(result)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 # ---- which are here --------------------------------------------------------------------------------------------------
 
-Find = Callable[[Stage], Optional[Peer]]
+Find = Callable[[Stage], Peer]
 
 
 def _needs_torch(stage: Stage) -> None:

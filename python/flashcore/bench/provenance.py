@@ -13,8 +13,10 @@ from typing import Any
 
 from .. import __version__
 
-FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile")
-FLAGS += ("amx_bf16", "amx_fp16", "asimd", "asimdhp", "bf16", "sve", "i8mm")
+FLAGS = tuple(
+    "avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_fp16 "
+    "asimd asimdhp bf16 sve i8mm".split()
+)
 #: distributions whose versions are told, where they are installed
 LIBRARIES = ("torch", "flash-attn", "flash-attn-3", "flashinfer-python", "jax", "numpy", "cupy")
 GPU_FACTS = {
@@ -34,7 +36,7 @@ GPU_STATE = {
 def output_of(*command: str) -> str:
     """What a command prints; empty if it cannot run."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return str(subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout).strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -73,7 +75,7 @@ def processor() -> dict[str, Any]:
     except OSError:
         text = ""
     facts = dict(re.findall(r"^(.*?)\s*: (.*)$", text, flags=re.MULTILINE))
-    present = facts.get("flags", facts.get("Features", "")).split()
+    present = str(facts.get("flags", facts.get("Features", ""))).split()
     names = {"family": "cpu family", "model": "model", "stepping": "stepping"}
     return {
         "processor": facts.get("model name", "unknown"),

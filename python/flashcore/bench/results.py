@@ -18,8 +18,10 @@ from .cases import parse
 OURS = "flashcore"
 #: what has to agree for a file to be gone on with
 IDENTITY = ("device", "gpu", "processor", "driver", "flashcore", "torch", "jax", "git_sha", "isa")
-COLUMNS = ("us", "us_mean", "us_std", "us_min", "us_p50", "us_p90", "us_p95", "us_p99", "us_low", "us_high", "us_max")
-COLUMNS += ("samples", "tflops", "gbs", "share_matmul", "share_copy", "host_us", "error")
+COLUMNS = tuple(
+    "us us_mean us_std us_min us_p50 us_p90 us_p95 us_p99 us_low us_high us_max "
+    "samples tflops gbs share_matmul share_copy host_us error".split()
+)
 
 Data = dict[str, Any]
 
@@ -41,7 +43,7 @@ def save(path: Path, data: Data) -> None:
 def load(path: Path) -> Data:
     """Raises ValueError for a file that is not of this kind."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: Data = json.loads(path.read_text(encoding="utf-8"))
         lines = [case["line"] for case in data["cases"] if isinstance(case["results"], dict)]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None

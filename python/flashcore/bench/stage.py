@@ -108,7 +108,8 @@ class Stage:
         """Fills the L2 cache with something else."""
         if self._flushed is None:
             self._flushed = [self.maker.empty((max(self.info.l2_bytes, 1),), "bool") for _ in range(2)]
-        _core.copy_within(*self._flushed, self.stream or 0)
+        target, source = self._flushed
+        _core.copy_within(target, source, self.stream or 0)
 
     # ---- contenders ------------------------------------------------------------------------------------------------
 

@@ -117,9 +117,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    defaults = THOROUGH if arguments.thorough else NORMAL
-    given = (arguments.warm_up, arguments.iterations, arguments.seconds)
-    warm_up, rounds, seconds = (d if g is None else g for g, d in zip(given, defaults, strict=True))
+    warm_up, rounds, seconds = THOROUGH if arguments.thorough else NORMAL
+    warm_up = warm_up if arguments.warm_up is None else arguments.warm_up
+    rounds = rounds if arguments.iterations is None else arguments.iterations
+    seconds = seconds if arguments.seconds is None else arguments.seconds
     return Plan(warm_up, rounds, seconds, 0 if arguments.caches == "flush" else SAMPLE_SECONDS)
 
 
@@ -235,4 +236,7 @@ def _compare(console: Console, old: results.Data, data: results.Data) -> bool:
         console.print(f"the machines or the ways differ: {difference}", style="yellow", markup=False, soft_wrap=True)
     found = compare.changes(old, data)
     console.print(report.changes(found, "flashcore against the older result") if found else "no case in common")
+    drift = ", ".join(f"{name} {ratio:.3f}" for name, ratio in compare.drift(old, data).items())
+    if drift:
+        console.print(f"the others, new time over old: {drift}", markup=False, soft_wrap=True)
     return any(change.verdict == compare.SLOWER for change in found)
