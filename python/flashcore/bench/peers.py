@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 from .arrays import Arrays
 from .calls import Call
-from .cases import Case
+from .cases import ITEM_BYTES, Case
 from .stage import Stage
 
 FLASHINFER_WORKSPACE = 256 << 20
@@ -244,7 +244,10 @@ def jax_call(case: Case, q: Any, k: Any, v: Any) -> Call:
 def _jax(case: Case, arrays: Arrays, stage: Stage) -> Call:
     names = ("q", "k_cache", "v_cache") if case.decode else ("q", "k", "v")
     _refuse_words(case)
-    return jax_call(case, *jax_arrays(arrays, *names))
+    q, k, v = jax_arrays(arrays, *names)
+    if q.dtype.itemsize != ITEM_BYTES[case.dtype]:
+        raise CannotDo(f"would do it in {q.dtype}: JAX_ENABLE_X64 is not set")
+    return jax_call(case, q, k, v)
 
 
 def _jax_waits(result: Any) -> Any:

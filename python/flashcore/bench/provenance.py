@@ -112,5 +112,5 @@ def machine(stage: Any) -> dict[str, Any]:
         if stage.torch:
             facts |= {"torch_cuda": stage.torch.version.cuda, "cudnn": stage.torch.backends.cudnn.version()}
     else:
-        facts |= processor() | {"isa": os.environ.get("FLASHCORE_CPU_ISA", "native")}
+        facts |= processor() | {"isa": os.environ.get("FLASHCORE_CPU_ISA", "native"), "load": load()}
     return facts | {"python": sys.version.split()[0]} | provenance(*LIBRARIES)

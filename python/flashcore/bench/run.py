@@ -86,7 +86,7 @@ def _measure_into(entry: Data, case: Case, stage: Stage, peers: Sequence[Peer], 
     views = _views(stage, sets)
     sample = exact.sample(case, sets[0], stage.maker)
     contenders: list[Contender] = []
-    for entrant in _entrants(entry["kernel"], case, stage, peers, settings, torchs=views is not sets):
+    for entrant in _entrants(entry["kernel"], case, stage, peers, settings, torchs=views is not None):
         try:
             contenders.append(_ready(entrant, views if entrant.torchs else sets, stage, sample, entry))
         except Exception as reason:  # a contender that cannot do the case is no reason to stop
@@ -98,14 +98,14 @@ def _measure_into(entry: Data, case: Case, stage: Stage, peers: Sequence[Peer], 
         _conclude(entry, contenders)
 
 
-def _views(stage: Stage, sets: list[Arrays]) -> list[Arrays]:
+def _views(stage: Stage, sets: list[Arrays]) -> Optional[list[Arrays]]:
     """torch's views where there is torch and it knows the dtypes."""
     if stage.torch is None:
-        return sets
+        return None
     try:
         return [stage.torch_views(arrays) for arrays in sets]
     except (RuntimeError, BufferError, TypeError):
-        return sets
+        return None
 
 
 def _entrants(
@@ -118,14 +118,15 @@ def _entrants(
         return Entrant(peer.name, lambda a: peer.make(case, a, stage), peer.torchs, peer.finish, peer.layout)
 
     forced = [our(KERNEL_PREFIX + kernel, kernel) for kernel in settings.kernels]
-    others = [peer for peer in peers if torchs or not peer.torchs]
-    return [our(OURS, None), *forced, *map(their, others)]
+    return [our(OURS, None), *forced, *map(their, peers)]
 
 
 def _ready(
-    entrant: Entrant, sets: list[Arrays], stage: Stage, sample: Optional[exact.Sample], entry: Data
+    entrant: Entrant, sets: Optional[list[Arrays]], stage: Stage, sample: Optional[exact.Sample], entry: Data
 ) -> Contender:
     """Has run once: what it gives is compared with float64, and its kernels are loaded."""
+    if sets is None:
+        raise CannotDo("torch cannot read these arrays")
     calls = [entrant.make(arrays) for arrays in sets]
     result = calls[0]()
     stage.wait()
