@@ -1,10 +1,13 @@
-// attention_bench: times problem lines on a device and prints line, kernel and median.
+// attention_bench: times problem lines on a device: line, kernel, and the spread of the times in microseconds. With
+// --once it makes each call a single time, for a profiler.
 #include <flashcore/flashcore.h>
 
 #include <algorithm>
-#include <chrono>
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -12,60 +15,113 @@
 
 namespace {
 
-constexpr double kSecondsPerLine = 1;
-constexpr std::size_t kFewestRuns = 5;
+struct Settings {
+  flashcore::Device device;
+  int warm_up = 20;
+  int samples = 100;
+  bool once = false;
+};
 
-/// Median of the time of one run, submission and waiting included.
-double median_microseconds(const bench::Call& call, const flashcore::AttentionPlan& plan, void* workspace,
-                           flashcore::Device device) {
-  using Clock = std::chrono::steady_clock;
-  const auto run = [&] {
-    const auto start = Clock::now();
-    call.run(plan, workspace);
-    bench::synchronize(device);
-    return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+constexpr double kSampleSeconds = 1e-3;  // short calls are repeated for so long
+constexpr int kMostRepeats = 200;
+
+/// Microseconds of one call, sorted. A sample is the mean over calls queued back to back.
+std::vector<double> sample(const bench::Call& call, const flashcore::AttentionPlan& plan, void* workspace,
+                           const Settings& settings) {
+  flashcore::Stopwatch stopwatch(settings.device);
+  const auto work = [&] { call.run(plan, workspace, stopwatch.stream()); };
+  work();  // loads the kernel
+  const flashcore::Recording recording = stopwatch.record(work);
+  const auto seconds = [&](int repeats) {
+    stopwatch.start();
+    for (int i = 0; i < repeats; ++i) recording.replay();
+    return stopwatch.stop() / repeats;
   };
-  run();  // warms up caches, clocks and lazily loaded kernels
-  std::vector<double> times;
-  double total = 0;
-  while (times.size() < kFewestRuns || total < kSecondsPerLine * 1e6) {
-    times.push_back(run());
-    total += times.back();
-  }
-  std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
-  return times[times.size() / 2];
+  const int repeats = std::clamp(static_cast<int>(kSampleSeconds / std::max(seconds(3), 1e-9)), 1, kMostRepeats);
+  for (int i = 0; i < settings.warm_up; ++i) seconds(repeats);
+  std::vector<double> times(static_cast<std::size_t>(settings.samples));
+  std::generate(times.begin(), times.end(), [&] { return seconds(repeats) * 1e6; });
+  std::sort(times.begin(), times.end());
+  return times;
 }
 
-void time_line(const std::string& text, flashcore::Device device) {
+/// The value below which this share of the sorted samples lies, interpolated.
+double percentile(const std::vector<double>& sorted, double share) {
+  const double place = share * static_cast<double>(sorted.size() - 1);
+  const auto low = static_cast<std::size_t>(place), high = std::min(low + 1, sorted.size() - 1);
+  return sorted[low] + (place - static_cast<double>(low)) * (sorted[high] - sorted[low]);
+}
+
+void time_line(const std::string& text, const Settings& settings) {
   const bench::Line line(text);
-  const bench::Call call(line, device);
+  const bench::Call call(line, settings.device);
   const flashcore::AttentionPlan plan = call.plan();
-  const flashcore::Buffer workspace(plan.workspace_bytes(), device, nullptr);
-  const double microseconds = median_microseconds(call, plan, workspace.data(), device);
-  std::printf("%-60s  %-24s  %12.1f us\n", line.canonical.c_str(), plan.kernel().c_str(), microseconds);
+  const flashcore::Buffer workspace(plan.workspace_bytes(), settings.device, nullptr);
+  flashcore::synchronize(settings.device);  // the stopwatch's stream waits for no other
+  if (settings.once) {
+    call.run(plan, workspace.data(), nullptr);
+    flashcore::synchronize(settings.device);
+    std::printf("%s  %s\n", line.canonical.c_str(), plan.kernel().c_str());
+    return;
+  }
+  const std::vector<double> times = sample(call, plan, workspace.data(), settings);
+  const double mean = std::accumulate(times.begin(), times.end(), 0.0) / static_cast<double>(times.size());
+  double squares = 0;
+  for (const double time : times) squares += (time - mean) * (time - mean);
+  const double deviation = times.size() > 1 ? std::sqrt(squares / static_cast<double>(times.size() - 1)) : 0;
+  std::printf("%-56s  %-22s", line.canonical.c_str(), plan.kernel().c_str());
+  for (const double value : {mean, deviation, times.front()}) std::printf(" %10.2f", value);
+  for (const double share : {0.5, 0.9, 0.95, 0.99}) std::printf(" %10.2f", percentile(times, share));
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
+void print_header(flashcore::Device device) {
+  std::printf("%s\n%-56s  %-22s", flashcore::device_info(device).name.c_str(), "microseconds", "kernel");
+  for (const char* name : {"mean", "std", "min", "p50", "p90", "p95", "p99"}) std::printf(" %10s", name);
+  std::printf("\n");
 }
 
 int help() {
-  std::printf("usage: attention_bench [--device cpu|cuda] <problem line>...\n%s\n",
+  std::printf("usage: attention_bench [--device cpu|cuda] [--warm-up N] [--samples N] [--once] <problem line>...\n%s\n",
               flashcore::problem_line_help().c_str());
   return 2;
+}
+
+/// Takes "--name value" or "--once" off the front of the words; false for an option or a value that there is not.
+bool take_option(std::vector<std::string>& words, Settings& settings) {
+  if (words[0] == "--once") {
+    words.erase(words.begin());
+    return settings.once = true;
+  }
+  if (words.size() < 2) return false;
+  const std::string name = words[0], value = words[1];
+  words.erase(words.begin(), words.begin() + 2);
+  const int number = std::atoi(value.c_str());
+  if (name == "--device" && (value == "cpu" || value == "cuda")) {
+    settings.device.type = value == "cpu" ? flashcore::DeviceType::cpu : flashcore::DeviceType::cuda;
+  } else if (name == "--warm-up" && number >= 0) {
+    settings.warm_up = number;
+  } else if (name == "--samples" && number > 0) {
+    settings.samples = number;
+  } else {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   std::vector<std::string> words(argv + 1, argv + argc);
-  flashcore::Device device;
-  if (flashcore::device_count() > 0) device.type = flashcore::DeviceType::cuda;
-  if (words.size() >= 2 && words[0] == "--device") {
-    if (words[1] != "cpu" && words[1] != "cuda") return help();
-    device.type = words[1] == "cpu" ? flashcore::DeviceType::cpu : flashcore::DeviceType::cuda;
-    words.erase(words.begin(), words.begin() + 2);
-  }
-  if (words.empty() || words[0][0] == '-') return help();
-  std::printf("%s\n", flashcore::name_of(device).c_str());
+  Settings settings;
+  if (flashcore::device_count() > 0) settings.device.type = flashcore::DeviceType::cuda;
+  while (!words.empty() && words[0][0] == '-')
+    if (!take_option(words, settings)) return help();
+  if (words.empty()) return help();
   try {
-    for (const std::string& line : words) time_line(line, device);
+    if (!settings.once) print_header(settings.device);
+    for (const std::string& line : words) time_line(line, settings);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "attention_bench: %s\n", error.what());
     return 1;

@@ -6,11 +6,6 @@
 #include <map>
 #include <numeric>
 #include <sstream>
-#include <stdexcept>
-
-#ifdef FLASHCORE_BENCH_CUDA
-#include <cuda_runtime_api.h>
-#endif
 
 namespace bench {
 
@@ -19,11 +14,8 @@ using namespace flashcore;
 namespace {
 
 void copy_to_device(void* target, const void* host, std::size_t bytes, Device device) {
-#ifdef FLASHCORE_BENCH_CUDA
-  if (device.type == DeviceType::cuda && cudaMemcpy(target, host, bytes, cudaMemcpyHostToDevice) != cudaSuccess)
-    throw std::runtime_error("cannot copy to the device");
-#endif
-  if (device.type == DeviceType::cpu) std::memcpy(target, host, bytes);
+  copy_memory(target, host, bytes, device, nullptr);
+  synchronize(device);
 }
 
 /// The integers after `name`: "h32/8" -> 32, 8. How many there are; 0 where the word does not begin with the name.
@@ -64,15 +56,6 @@ std::uint64_t random_number(DType dtype, std::uint64_t& state) {
 }
 
 }  // namespace
-
-void synchronize(Device device) {
-#ifdef FLASHCORE_BENCH_CUDA
-  if (device.type == DeviceType::cuda && cudaDeviceSynchronize() != cudaSuccess)
-    throw std::runtime_error("the device reports an error");
-#else
-  (void)device;
-#endif
-}
 
 Line::Line(const std::string& text) : canonical(canonical_problem_line(text)) {
   static const std::map<std::string, DType> dtypes = {
@@ -159,10 +142,10 @@ AttentionPlan Call::plan() const {
   return AttentionPlan::forward(inputs_, outputs_, line_.options);
 }
 
-void Call::run(const AttentionPlan& plan, void* workspace) const {
-  if (line_.phase == "decode") return plan.run(decode_, outputs_, workspace, nullptr);
-  if (line_.phase == "bwd") return plan.run(inputs_, outputs_, cotangents_, grads_, workspace, nullptr);
-  plan.run(inputs_, outputs_, workspace, nullptr);
+void Call::run(const AttentionPlan& plan, void* workspace, Stream stream) const {
+  if (line_.phase == "decode") return plan.run(decode_, outputs_, workspace, stream);
+  if (line_.phase == "bwd") return plan.run(inputs_, outputs_, cotangents_, grads_, workspace, stream);
+  plan.run(inputs_, outputs_, workspace, stream);
 }
 
 }  // namespace bench

@@ -27,7 +27,7 @@ class Call {
   Call(const Line& line, flashcore::Device device);
 
   flashcore::AttentionPlan plan() const;
-  void run(const flashcore::AttentionPlan& plan, void* workspace) const;
+  void run(const flashcore::AttentionPlan& plan, void* workspace, flashcore::Stream stream) const;
 
  private:
   flashcore::TensorView empty(flashcore::DType dtype, std::initializer_list<std::int64_t> shape);
@@ -46,8 +46,5 @@ class Call {
   flashcore::AttentionCotangents cotangents_;
   flashcore::AttentionGrads grads_;
 };
-
-/// Waits for all work on a device.
-void synchronize(flashcore::Device device);
 
 }  // namespace bench

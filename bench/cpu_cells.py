@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# The side of the blocks of the boolean mask: every second one is false, as on a chessboard.
-MASK_BLOCK = 256
+from flashcore.bench.cases import Case, parse
+
+DTYPE_WORDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,20 @@ class Cell:
         words += ["mask"] * self.blocks
         return " ".join(words)
 
+    def case(self, dtype: str = "float32") -> Case:
+        """As `flashcore bench` knows it; of "fwd+bwd" the backward call."""
+        _, sizes = self.line.split(" ", 1)
+        return parse(f"{'fwd' if self.work == 'fwd' else 'bwd'} {DTYPE_WORDS[dtype]} {sizes}")
+
     @property
     def pairs(self) -> float:
-        """Query-key pairs that are seen, of one head."""
-        if self.left is not None or self.causal:
-            reach = min(self.seqlen_k, self.left + 1 if self.left is not None else self.seqlen_k)
-            return reach * (reach + 1) / 2 + (self.seqlen_q - reach) * reach
-        return self.seqlen_q * self.seqlen_k * (0.5 if self.blocks else 1)
+        """Query-key pairs that are seen, of one head of one sequence."""
+        return self.case().pairs / self.batch
 
     @property
     def flops(self) -> float:
-        products = {"fwd": 2, "bwd": 5, "fwd+bwd": 7}[self.work]
-        return 2 * products * self.batch * self.heads * self.pairs * self.head_dim
+        parts = {"fwd": ("fwd",), "bwd": ("bwd",), "fwd+bwd": ("fwd", "bwd")}[self.work]
+        return sum(replace(self, work=part).case().flops for part in parts)
 
     @property
     def is_decode(self) -> bool:

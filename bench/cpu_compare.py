@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from typing import Any
 
 from cpu_cells import CELLS, SKIPPING_CELLS
 from cpu_tables import spread, tables
-from results_file import provenance, save
+from flashcore.bench.provenance import load, processor, provenance
+from flashcore.bench.results import save
 from rich.console import Console
 from rich.progress import Progress
 
@@ -55,27 +55,12 @@ LEVELS = {
         "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
     },
 }
-FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile")
-FLAGS += ("amx_bf16", "amx_fp16", "asimd", "asimdhp", "bf16", "sve", "i8mm")
 
 
 def environment(isa: str, threads: int) -> dict[str, str]:
     """What a process is given so that all of its libraries keep to this level and to so many threads."""
     inherited = {name: value for name, value in os.environ.items() if name != "FLASHCORE_NUM_THREADS"}
     return inherited | LEVELS[isa] | {"OMP_NUM_THREADS": str(threads), "PJRT_NPROC": str(threads)}
-
-
-def processor() -> Result:
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    facts = dict(re.findall(r"^(.*?)\s*: (.*)$", text, flags=re.MULTILINE))
-    present = facts.get("flags", facts.get("Features", "")).split()
-    names = {"family": "cpu family", "model": "model", "stepping": "stepping"}
-    return {
-        "processor": facts.get("model name", "unknown"),
-        **{name: facts[key] for name, key in names.items() if key in facts},
-        "flags": [flag for flag in FLAGS if flag in present],
-        "cores": len(os.sched_getaffinity(0)),
-    }
 
 
 def built_peak() -> str | None:
@@ -126,10 +111,6 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def load() -> float:
-    return round(os.getloadavg()[0], 2)
-
-
 def main() -> None:
     arguments = parse()
     console = Console(width=140)
@@ -144,14 +125,14 @@ def main() -> None:
             for result in measured(arguments, threads):
                 results.append(result)
                 if arguments.save:  # a long run that is cut off keeps what it has
-                    save(arguments.save, machine, cells=results, memory=[])
+                    save(arguments.save, {"machine": machine, "cells": results, "memory": []})
                 ratio = spread(result["ratios"]["torch"])
                 progress.console.print(f"{result['case']} {result['dtype']}, threads {threads}: {ratio}", markup=False)
                 progress.advance(task)
     memory = memory_growth(arguments) if arguments.memory else []
     machine["load"].append(load())
     if arguments.save:
-        save(arguments.save, machine, cells=results, memory=memory)
+        save(arguments.save, {"machine": machine, "cells": results, "memory": memory})
     for part in tables(results, memory):
         console.print(part)
 

@@ -4,94 +4,64 @@ from __future__ import annotations
 
 from typing import Any
 
-import flashcore as fc
 import torch
-import torch.nn.functional as F
-from cpu_cells import MASK_BLOCK, Cell
-from rounds import Run
+from cpu_cells import Cell
+from flashcore.bench.calls import Call, keywords, ours
+from flashcore.bench.cases import MASK_BLOCK
+from flashcore.bench.peers import jax_arrays, jax_call, sdpa, sdpa_words
 
 JAX_DTYPES = ("float32", "bfloat16")  # JAX multiplies no float16 on the CPU
 
 
-def tensors(cell: Cell, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """q, k, v, and the gradient of the output."""
+def tensors(cell: Cell, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """q, k, v, the gradient of the output, and a mask, as far as the cell has them."""
     torch.manual_seed(1)
     queries = (cell.batch, cell.heads, cell.seqlen_q, cell.head_dim)
     keys = (cell.batch, cell.heads_k or cell.heads, cell.seqlen_k, cell.head_dim)
-    return tuple(torch.randn(shape).to(dtype) for shape in (queries, keys, keys, queries))
-
-
-def block_mask(cell: Cell) -> torch.Tensor:
-    rows, columns = (torch.arange(n) // MASK_BLOCK for n in (cell.seqlen_q, cell.seqlen_k))
-    return (rows[:, None] + columns) % 2 == 0
-
-
-def our_words(cell: Cell) -> dict[str, Any]:
-    """The cell in flashcore's words; only those that a call needs, as a caller would write it."""
-    words: dict[str, Any] = {}
-    if cell.causal:
-        words["causal"] = True
-    if cell.left is not None:
-        words["window"] = (cell.left, 0)
+    made = {name: torch.randn(shape).to(dtype) for name, shape in (("q", queries), ("k", keys), ("v", keys))}
+    if cell.work != "fwd":
+        made["dout"] = torch.randn(queries).to(dtype)
     if cell.blocks:
-        words["mask"] = block_mask(cell)
-    return words
+        rows, columns = (torch.arange(n) // MASK_BLOCK for n in (cell.seqlen_q, cell.seqlen_k))
+        made["mask"] = (rows[:, None] + columns) % 2 == 0
+    return made
 
 
-def torch_words(cell: Cell) -> dict[str, Any]:
-    """The same in torch's; a window is a boolean mask there."""
-    words: dict[str, Any] = {}
-    if cell.left is not None:
-        distance = torch.arange(cell.seqlen_q)[:, None] - torch.arange(cell.seqlen_k)
-        words["attn_mask"] = (distance >= 0) & (distance <= cell.left)
-    elif cell.causal:
-        words["is_causal"] = True
-    if cell.blocks:
-        words["attn_mask"] = block_mask(cell)
-    if cell.heads_k:
-        words["enable_gqa"] = True
-    return words
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def our_run(cell: Cell, dtype: torch.dtype) -> Run:
-    q, k, v, dout = tensors(cell, dtype)
-    words = our_words(cell)
-    if cell.work == "fwd":
-        return lambda: fc.attention(q, k, v, **words)
-    if cell.work == "bwd":
-        out, lse = fc.attention(q, k, v, return_lse=True, **words)
-        return lambda: fc.attention_backward(dout, q, k, v, out, lse, **words)
+def our_run(cell: Cell, dtype: torch.dtype) -> Call:
+    made, case = tensors(cell, dtype), cell.case(name_of(dtype))
+    if cell.work != "fwd+bwd":
+        return ours(case, made)
     import flashcore.torch
 
-    leaves = [t.requires_grad_() for t in (q, k, v)]
+    leaves, dout = [made[name].requires_grad_() for name in "qkv"], made["dout"]
+    words = keywords(case) | {name: made[name] for name in made if name == "mask"}
     return lambda: torch.autograd.grad(flashcore.torch.attention(*leaves, **words), leaves, dout)
 
 
-def torch_run(cell: Cell, dtype: torch.dtype) -> Run:
-    q, k, v, dout = tensors(cell, dtype)
-    words = torch_words(cell)
-    if cell.work == "fwd":
-        return lambda: F.scaled_dot_product_attention(q, k, v, **words)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    if cell.work == "bwd":
-        out = F.scaled_dot_product_attention(*leaves, **words)
-        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-    return lambda: torch.autograd.grad(F.scaled_dot_product_attention(*leaves, **words), leaves, dout)
+def torch_run(cell: Cell, dtype: torch.dtype) -> Call:
+    made, case = tensors(cell, dtype), cell.case(name_of(dtype))
+    if cell.work != "fwd+bwd":
+        return sdpa(case, made, torch)
+    from torch.nn.functional import scaled_dot_product_attention
+
+    leaves, dout = [made[name].requires_grad_() for name in "qkv"], made["dout"]
+    words = sdpa_words(case, made, torch)
+    return lambda: torch.autograd.grad(scaled_dot_product_attention(*leaves, **words), leaves, dout)
 
 
-def jax_run(cell: Cell, dtype: torch.dtype) -> Run:
-    import jax
-    import jax.numpy as jnp
-
-    q, k, v, _ = (jnp.asarray(t.float().transpose(1, 2).numpy(), str(dtype)[6:]) for t in tensors(cell, dtype))
-    attention = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=cell.causal))
-    return lambda: attention(q, k, v).block_until_ready()
+def jax_run(cell: Cell, dtype: torch.dtype) -> Call:
+    attention = jax_call(cell.case(name_of(dtype)), *jax_arrays(tensors(cell, dtype), *"qkv"))
+    return lambda: attention().block_until_ready()
 
 
-def numpy_run(cell: Cell, dtype: torch.dtype) -> Run:
+def numpy_run(cell: Cell, dtype: torch.dtype) -> Call:
     import numpy as np
 
-    q, k, v, _ = (t.numpy() for t in tensors(cell, dtype))
+    q, k, v = (tensor.numpy() for tensor in tensors(cell, dtype).values())
     hidden = ~np.tri(cell.seqlen_q, cell.seqlen_k, dtype=bool) if cell.causal else None
     scale = np.float32(cell.head_dim**-0.5)
 
@@ -125,7 +95,7 @@ def in_torch_order(name: str, result: Any) -> list[torch.Tensor]:
     return [torch.as_tensor(r).float() for r in results]
 
 
-def contenders(cell: Cell, dtype_name: str, peers: list[str]) -> dict[str, Run]:
+def contenders(cell: Cell, dtype_name: str, peers: list[str]) -> dict[str, Call]:
     """Calls by name, flashcore's first. All have run and agree: a wrong result is not worth timing."""
     dtype = getattr(torch, dtype_name)
     makers = {"flashcore": our_run, "torch": torch_run, **peers_of(cell, dtype_name, peers)}

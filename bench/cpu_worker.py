@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from cpu_cells import CELLS, SKIPPING_CELLS, Cell
 from cpu_contenders import contenders, our_run
-from rounds import quartiles, ratio, take_rounds
+from flashcore.bench.statistics import quartiles, ratio
+from flashcore.bench.timing import Contender, Plan, host_clock, take_rounds
 
 # What there is to multiply with, fastest first, and what a level leaves out.
 BF16_UNITS = ("amx_bf16", "avx512_bf16")
@@ -23,6 +24,7 @@ PRODUCTS = {"bfloat16": 1, "float16": 3, "float32": 6}
 BEYOND = {"native": (), "avx512": BF16_UNITS, "avx2": (*BF16_UNITS, "avx512")}
 
 PEAK_MILLISECONDS = 10
+SAMPLE_SECONDS = 0.02  # short calls are repeated for so long
 READ_MILLISECONDS = 50  # several times through the keys and values of a decode
 
 
@@ -55,6 +57,14 @@ class Peak:
         return {"of": unit, "amount": products * cell.flops * 1e-9}, lambda: self.ask(*words)["gflops"][unit]
 
 
+def repeated(call: Callable[[], Any]) -> Callable[[int], None]:
+    def queue(repeats: int) -> None:
+        for _ in range(repeats):
+            call()
+
+    return queue
+
+
 def measure(name: str, dtype: str, wishes: dict[str, Any], peak: Peak | None) -> dict[str, Any]:
     skips = name in SKIPPING_CELLS
     cell = SKIPPING_CELLS[name] if skips else CELLS[name]
@@ -63,7 +73,10 @@ def measure(name: str, dtype: str, wishes: dict[str, Any], peak: Peak | None) ->
         runs["whole"] = our_run(cell.whole, getattr(torch, dtype))
         runs["whole"]()
     gauge, now = peak.gauge(cell, dtype) if peak else ({}, None)
-    times, peaks = take_rounds(runs, wishes["rounds"], wishes["seconds"], now)
+    timed = [Contender(run, repeated(call)) for run, call in runs.items()]
+    plan = Plan(0, wishes["rounds"], wishes["seconds"], SAMPLE_SECONDS)
+    peaks = take_rounds(timed, host_clock, plan, also=now)
+    times = {contender.name: contender.samples for contender in timed}
     ours = times["flashcore"]
     result = {
         "case": name,

@@ -23,7 +23,7 @@ from pathlib import Path
 import flashcore as fc
 import torch
 import torch.nn.functional as F
-from cpu_compare import processor
+from flashcore.bench.provenance import processor
 
 SHAPES = ((1, 2, 128, 64), (1, 8, 256, 64))
 ADDED = 1 << 17  # torch.add spreads over its threads from 2^15 elements on

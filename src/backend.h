@@ -2,11 +2,13 @@
 // there when it was built. Only registry.cpp knows which.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "flashcore/device.h"
 #include "flashcore/memory.h"
 #include "kernels/kernel.h"
+#include "stopwatch.h"
 
 namespace flashcore::detail {
 
@@ -21,6 +23,9 @@ struct Backend {
   void (*copy_to_host)(void* host, const void* device, std::size_t bytes, int index, Stream stream);  // synchronises
   void (*synchronize)(int index, Stream stream);
   bool (*wait_for_all)(int index);  // for every stream; false if CUDA refused (graph capture)
+
+  void (*copy)(void* target, const void* source, std::size_t bytes, int index, Stream stream);
+  std::unique_ptr<StopwatchClock> (*make_clock)(int index);
 
   void (*merge_states)(const MergeParams&, int index, Stream stream);
   void (*vector_add)(const ArrayParams& a, const ArrayParams& b, const ArrayParams& out, int index, Stream stream);

@@ -6,5 +6,6 @@
 #include "flashcore/error.h"
 #include "flashcore/memory.h"
 #include "flashcore/primitives.h"
+#include "flashcore/stopwatch.h"
 #include "flashcore/tensor.h"
 #include "flashcore/threads.h"

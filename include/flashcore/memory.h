@@ -91,6 +91,10 @@ FLASHCORE_API MemoryStats memory_stats(Device device);
 /// Gives every block that flashcore's own pools keep for reuse back to the system; PoolResource::empty_cache for each.
 FLASHCORE_API void empty_cache() noexcept;
 
+/// Queues a copy on `stream`: within the device, or between it and host memory, which must stay until the stream is
+/// synchronised. On the CPU it is done on return. Throws CudaError.
+FLASHCORE_API void copy_memory(void* target, const void* source, std::size_t bytes, Device device, Stream stream);
+
 /// Memory that frees itself: bytes of one device, taken from a resource and given back to it on the same stream.
 class FLASHCORE_API Buffer {
  public:

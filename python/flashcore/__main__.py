@@ -1,30 +1,47 @@
-"""The command line: python -m flashcore info | explain | demo."""
+"""The command line: python -m flashcore info | explain | demo | bench."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Optional
 
-from rich.console import Console
-
 from . import CudaError, Unsupported, __version__
-from .cli import demo, explain, info
+
+REFUSALS = (ValueError, TypeError, MemoryError, OSError, RuntimeError, Unsupported, CudaError)
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
+    if not _is_here("rich"):
+        print("error: the command line needs rich: pip install 'flashcore[bench]'", file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    from .cli import bench, demo, explain, info
+
     parser = argparse.ArgumentParser(prog="python -m flashcore", description="Fused attention for CUDA and the CPU.")
     parser.add_argument("--version", action="version", version=f"flashcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (info, explain, demo):
+    for module in (info, explain, demo, bench):
         module.add_parser(commands).set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, TypeError, MemoryError, Unsupported, CudaError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except REFUSALS as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # marked as missing
+        return False
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ const Backend& cuda_backend() {
       .copy_to_host = cuda::copy_to_host,
       .synchronize = cuda::synchronize,
       .wait_for_all = cuda::wait_for_all,
+      .copy = cuda::copy,
+      .make_clock = cuda::make_clock,
       .merge_states = common::merge_states,
       .vector_add = common::vector_add,
       .reduce = common::reduce,

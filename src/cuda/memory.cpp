@@ -73,6 +73,12 @@ void copy_to_host(void* host, const void* device, std::size_t bytes, int index, 
   check(cudaStreamSynchronize(stream), "waiting for a copy to the host");
 }
 
+void copy(void* target, const void* source, std::size_t bytes, int index, Stream stream) {
+  if (bytes == 0) return;
+  const DeviceGuard guard(index);
+  check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, stream), "copying");
+}
+
 void synchronize(int index, Stream stream) {
   const DeviceGuard guard(index);
   check(cudaStreamSynchronize(stream), "waiting for a stream");

@@ -1,11 +1,16 @@
-// What device.cpp and memory.cpp give to the CUDA backend; each is a member of Backend and described there.
+// What device.cpp, memory.cpp and stopwatch.cpp give to the CUDA backend; each is described at Backend.
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <string>
 
 #include "flashcore/device.h"
 #include "flashcore/memory.h"
+
+namespace flashcore::detail {
+struct StopwatchClock;
+}
 
 namespace flashcore::cuda {
 
@@ -18,5 +23,7 @@ bool is_capturing(Stream stream);
 void copy_to_host(void* host, const void* device, std::size_t bytes, int index, Stream stream);
 void synchronize(int index, Stream stream);
 bool wait_for_all(int index);
+void copy(void* target, const void* source, std::size_t bytes, int index, Stream stream);
+std::unique_ptr<detail::StopwatchClock> make_clock(int index);
 
 }  // namespace flashcore::cuda

@@ -75,6 +75,10 @@ std::shared_ptr<MemoryResource> shared_workspace_resource(Device device) {
 
 MemoryResource& system_resource(Device device) { return detail::backend_of(device).system_resource(device.index); }
 
+void copy_memory(void* target, const void* source, std::size_t bytes, Device device, Stream stream) {
+  detail::backend_of(device).copy(target, source, bytes, device.index, stream);
+}
+
 MemoryResource& workspace_resource(Device device) { return *detail::shared_workspace_resource(device); }
 
 void set_workspace_resource(Device device, std::shared_ptr<MemoryResource> resource) {

@@ -37,8 +37,8 @@ DeviceInfo device_info(int) {
   return info;
 }
 
-void copy_to_host(void* host, const void* device, std::size_t bytes, int, Stream) {
-  if (bytes > 0) std::memcpy(host, device, bytes);
+void copy(void* target, const void* source, std::size_t bytes, int, Stream) {
+  if (bytes > 0) std::memcpy(target, source, bytes);
 }
 
 constexpr unsigned kFloatDTypes = bit(DType::float16) | bit(DType::bfloat16) | bit(DType::float32);
@@ -116,9 +116,11 @@ const Backend& cpu_backend() {
       .device_info = device_info,
       .system_resource = [](int) -> MemoryResource& { return host_resource(); },
       .is_capturing = [](Stream) { return false; },
-      .copy_to_host = copy_to_host,
+      .copy_to_host = copy,
       .synchronize = [](int, Stream) {},
       .wait_for_all = [](int) { return true; },
+      .copy = copy,
+      .make_clock = make_host_clock,
       .merge_states = cpu::merge_states,
       .vector_add = cpu::vector_add,
       .reduce = cpu::reduce,
