@@ -1,7 +1,7 @@
 // Repair: one warp looks at one flag.
 #include <algorithm>
 
-#include "../../cuda/check.h"
+#include "../../cuda/launch.cuh"
 #include "../tile/exact_rows.cuh"
 #include "repair.h"
 
@@ -15,9 +15,7 @@ constexpr int kMaxHeadDim = 256;
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     repair(const __grid_constant__ Params p, const std::uint8_t* spoilt, std::int64_t groups) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // launched early: the flags are written by the kernel before
-#endif
+  cuda::wait_for_previous_kernel();  // it writes the flags
   const std::int64_t warps = std::int64_t(gridDim.x) * (kThreads / 32);
   const std::int64_t all = groups * p.size.batch * p.size.heads_q;
   for (std::int64_t w = std::int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; w < all; w += warps) {
@@ -36,17 +34,9 @@ __global__ void __launch_bounds__(kThreads)
 void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, std::int64_t groups, Stream stream) {
   constexpr std::int64_t kMaxBlocks = 132 * 8;  // a grid's worth; further groups are looked at in strides
   const std::int64_t all = groups * params.size.batch * params.size.heads_q;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min((all * 32 + kThreads - 1) / kThreads, kMaxBlocks)));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
+  const std::int64_t blocks = std::min(cuda::blocks_for(all * 32, kThreads), kMaxBlocks);
   const auto kernel = params.dtype == DType::float16 ? repair<Float16> : repair<BFloat16>;
-  cuda::check(cudaLaunchKernelEx(&config, kernel, params, spoilt, groups), "launching the repair of spoilt rows");
+  cuda::launch_early("launching the repair of spoilt rows", kernel, blocks, kThreads, stream, params, spoilt, groups);
 }
 
 }  // namespace flashcore::detail
