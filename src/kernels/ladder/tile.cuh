@@ -13,6 +13,7 @@
 #include "../tile/mask.cuh"
 #include "../tile/reduce.cuh"
 #include "../tile/softmax.cuh"
+#include "../tile/vector.cuh"
 
 namespace flashcore::ladder {
 
@@ -20,6 +21,7 @@ namespace wmma = nvcuda::wmma;
 
 using detail::Params;
 using detail::TensorParams;
+using tile::Vector;
 
 // ---- WMMA -----------------------------------------------------------------------------------------------------------
 
@@ -92,13 +94,6 @@ inline __device__ int tile_end(const Params& p, int first, int rows) {
 }
 
 // ---- tiles on their way ---------------------------------------------------------------------------------------------
-
-/// What a thread moves at once.
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-  T x[kSize];
-};
 
 /// Columns [column, column + kColumns) of rows [first, first + kRows) into shared memory. Rows from `count` on become
 /// zeros: nothing beyond the tensor is read, and nothing there (NaN, perhaps) meets a product.
