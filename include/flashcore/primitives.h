@@ -18,8 +18,8 @@ enum class ReduceOp : std::uint8_t { sum, max, min, mean };
 /// out = op over `axis` of x, or over all of x where `axis` is kAllAxes.
 ///
 /// x: any rank, any strides, dtype float16, bfloat16, float32 or float64. out: the same dtype; x's shape without
-/// `axis`, or rank 0 for kAllAxes. Sums and means accumulate in float32 (float64 for float64) and round once; the order
-/// depends on sizes and strides alone, so that the same call gives the same bits again. A NaN in x makes its result NaN,
+/// `axis`, or rank 0 for kAllAxes. Sums and means accumulate in float32 (float64 for float64) and round once; the
+/// order depends on sizes and strides alone: the same call gives the same bits again. A NaN in x makes its result NaN,
 /// whatever `op` is; so do ∞ and −∞ in one sum. An empty reduction gives 0 for sum and NaN for mean; for max and min it
 /// is an InvalidArgument. `axis` may be negative (counted from the end).
 inline constexpr int kAllAxes = 0x7fffffff;

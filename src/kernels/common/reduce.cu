@@ -2,13 +2,13 @@
 //
 // Two ways to walk, by where the neighbours of an element lie:
 //
-//   rows      neighbours belong to the same result. Some lanes of a warp take it, a warp, or a block, as its length asks
-//             for.
+//   rows      neighbours belong to the same result. Some lanes of a warp take it, a warp, or a block, as its length
+//             asks for.
 //   columns   neighbours belong to different results. A thread takes a few neighbouring results; the threads of a block
 //             start at different elements of them and meet in shared memory.
 //
 // Both read 16 bytes at once where the array allows it, and ask for several before they wait for the first. Few results
-// with many elements are cut into chunks, so that a whole array keeps the device busy; a second pass reduces the chunks.
+// with many elements are cut into chunks, so that a whole array keeps the device busy; a second pass reduces these.
 // Cut and order depend on sizes and strides alone, not on the device or the address, and so does the result.
 #include <algorithm>
 #include <type_traits>
