@@ -18,9 +18,9 @@ inline constexpr const char* kCaseLines[] = {
     "fwd b2 q33 k65 h4/2 d32 lse",  // whole head_dims: rows that know only these
     "fwd b1 q64 k64 h2 d64 lse",
     "fwd b1 q65 k127 h2/1 d128 lse",
-    "fwd b2 q65 k21 h36/2 d32 causal_tl lse",  // many heads: rows that take taller tiles where these fill the device
-    "fwd b2 q65 k70 h36/4 d64 causal_br lse",
-    "fwd b2 q65 k21 h36/2 d128 lse",
+    "fwd b2 q34 k9 h66/2 d32 causal_tl lse",  // many heads: rows that take taller tiles where these fill the device
+    "fwd b2 q65 k66 h33/3 d64 causal_br lse",
+    "fwd b2 q34 k9 h66/2 d128 lse",
     // positions
     "fwd b1 q40 k100 h2 d32 causal_tl lse",
     "fwd b2 q100 k40 h2/1 d64 causal_br lse",
