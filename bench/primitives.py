@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Times vector_add and reduce beside torch, CuPy and NumPy: same values, one process, in turn.
 
     python bench/primitives.py                                   # the cases below
