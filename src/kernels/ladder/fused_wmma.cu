@@ -3,8 +3,9 @@
 //   a block takes 64 (or 32) queries of one head:            two warps for each strip of 16 queries
 //     q -> shared memory
 //     for each block of 64 keys:
-//       k, v -> shared memory
+//       k -> shared memory; its v is on its way
 //       scores  = q · kᵀ            WMMA; a warp makes 16 queries × 32 keys, stored to shared memory
+//       v -> shared memory; the next k is on its way
 //       softmax                     a warp takes 8 rows; maxima over a row by warp shuffles
 //         new_max = max(max, scores)
 //         weight  = 2^(score − new_max), rounded to 16 bits, to shared memory
@@ -13,7 +14,7 @@
 //     out / sum -> shared memory -> memory
 //
 // This is the online softmax of Milakov and Gimelshein (2018) in the loop order of FlashAttention (Dao et al., 2022).
-// What the next rung does better: here every step waits for the step before, and scores, weights and factors make a
+// What the next rung does better: here products and softmax wait for each other, and scores, weights and factors make a
 // trip through shared memory because WMMA does not tell which lane holds which row.
 #include <algorithm>
 
@@ -76,6 +77,8 @@ struct FusedTile {
   const float scale_log2 = static_cast<float>(p.score.scale * 1.4426950408889634);  // powers of 2 are cheaper
 
   Sums out[kColumnTiles];
+  RowsInFlight<T, kThreads, kBlockN, kHeadDim> k_in_flight;
+  RowsInFlight<T, kThreads, kBlockN, kHeadDim> v_in_flight;
   int row_of[Sums::num_elements];  // which row of the strip each element of `out` belongs to
   float max[kSoftmaxRows];         // of the rows softmax_row …, in every lane
   float sum[kSoftmaxRows];         // this lane's part
@@ -99,10 +102,11 @@ struct FusedTile {
     for (int e = 0; e < Sums::num_elements; ++e) row_of[e] = static_cast<int>(numbers.x[e]);
   }
 
-  __device__ void load_keys(int first_key) {
-    const int count = static_cast<int>(p.size.seqlen_k);
-    stage_rows<kThreads, kHeadDim>(s.keys.k, rows_of<const T>(p.k, head.batch, head.k), p.k.seq, first_key, count);
-    stage_rows<kThreads, kHeadDim>(s.keys.v, rows_of<const T>(p.v, head.batch, head.k), p.v.seq, first_key, count);
+  __device__ void fetch_k(int first_key) {
+    k_in_flight.fetch(rows_of<const T>(p.k, head.batch, head.k), p.k.seq, first_key, static_cast<int>(p.size.seqlen_k));
+  }
+  __device__ void fetch_v(int first_key) {
+    v_in_flight.fetch(rows_of<const T>(p.v, head.batch, head.k), p.v.seq, first_key, static_cast<int>(p.size.seqlen_k));
   }
 
   __device__ void score_keys() {
@@ -110,7 +114,7 @@ struct FusedTile {
     const int first = half * kKeyTiles * kSide;
     Sums score[kKeyTiles];
     for (Sums& tile : score) wmma::fill_fragment(tile, 0.0f);
-#pragma unroll
+#pragma unroll 1  // registers are for what is in flight
     for (int d = 0; d < kHeadDim; d += kSide) {
       Left<T> q;
       load_tile(q, &s.q[strip][d], Storage::kPitch);
@@ -166,7 +170,7 @@ struct FusedTile {
 
   __device__ void add_values() {
     const int first = half * kColumnTiles * kSide;
-#pragma unroll
+#pragma unroll 2
     for (int n = 0; n < kBlockN; n += kSide) {
       Left<T> weight;
       load_tile(weight, &s.weight[strip][n], Storage::kWeightPitch);
@@ -210,7 +214,7 @@ struct FusedTile {
 
 /// One block, one tile. Tiles with many keys come first: later blocks fill the gaps that they leave.
 template <class T, int kHeadDim, int kBlockM>
-__global__ void __launch_bounds__(FusedTile<T, kHeadDim, kBlockM>::kThreads)
+__global__ void __launch_bounds__(FusedTile<T, kHeadDim, kBlockM>::kThreads, kHeadDim <= 64 ? 2 : 1)
     fused_kernel(const __grid_constant__ Params p, int m_blocks, std::uint8_t* spoilt) {
   if constexpr (kHasBody<T>) {
     using Tile = FusedTile<T, kHeadDim, kBlockM>;
@@ -221,12 +225,15 @@ __global__ void __launch_bounds__(FusedTile<T, kHeadDim, kBlockM>::kThreads)
     const int keys = tile_end(p, tile.first_row, kBlockM);
 
     tile.begin();
+    tile.fetch_k(0);
     for (int first_key = 0; first_key < keys; first_key += kBlockN) {
-      __syncthreads();  // the keys and weights of the step before are no longer needed
-      tile.load_keys(first_key);
-      __syncthreads();  // the keys are there
+      tile.k_in_flight.put(tile.s.keys.k);  // free: two barriers have passed since the last scores
+      tile.fetch_v(first_key);
+      __syncthreads();  // k is there; v and the weights of the step before are no longer needed
       tile.score_keys();
-      __syncthreads();  // the scores are there: both halves of each row
+      tile.v_in_flight.put(tile.s.keys.v);
+      tile.fetch_k(first_key + kBlockN);  // beyond the last key: zeros, without reading
+      __syncthreads();                    // the scores are there, both halves of each row, and v
       tile.soften(first_key);
       __syncthreads();  // the weights and factors are there
       tile.scale_out();

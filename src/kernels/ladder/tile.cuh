@@ -95,19 +95,44 @@ inline __device__ int tile_end(const Params& p, int first, int rows) {
 
 // ---- tiles on their way ---------------------------------------------------------------------------------------------
 
-/// Columns [column, column + kColumns) of rows [first, first + kRows) into shared memory. Rows from `count` on become
-/// zeros: nothing beyond the tensor is read, and nothing there (NaN, perhaps) meets a product.
-template <int kThreads, int kColumns, class T, int kRows, int kPitch>
-__device__ void stage_rows(T (&s_rows)[kRows][kPitch], const T* head, std::int64_t stride, int first, int count,
-                           int column = 0) {
-  constexpr int kVectors = kColumns / Vector<T>::kSize;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
-    const int row = i / kVectors;
-    const int at = i % kVectors * Vector<T>::kSize;
-    Vector<T> given = {};
-    if (first + row < count) given = *reinterpret_cast<const Vector<T>*>(head + (first + row) * stride + column + at);
-    *reinterpret_cast<Vector<T>*>(&s_rows[row][at]) = given;
+/// Some rows of a tensor on their way to shared memory, in the registers of a block's threads: fetched early, put down
+/// late, with work in between while memory answers.
+template <class T, int kThreads, int kRows, int kColumns>
+struct RowsInFlight {
+  static constexpr int kVectors = kColumns / Vector<T>::kSize;  // of a row
+  static constexpr int kParts = kRows * kVectors / kThreads;    // of a thread
+  static_assert(kParts * kThreads == kRows * kVectors, "every thread carries as much");
+  Vector<T> part[kParts];
+
+  __device__ static int row(int n) { return (n * kThreads + static_cast<int>(threadIdx.x)) / kVectors; }
+  __device__ static int column(int n) {
+    return (n * kThreads + static_cast<int>(threadIdx.x)) % kVectors * Vector<T>::kSize;
   }
+
+  /// Rows [first, first + kRows), counted from `rows`. Those from `count` on become zeros: nothing beyond the tensor is
+  /// read, and nothing there (NaN, perhaps) meets a product.
+  __device__ void fetch(const T* rows, std::int64_t stride, int first, int count) {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) {
+      part[n] = {};
+      if (first + row(n) < count)
+        part[n] = *reinterpret_cast<const Vector<T>*>(rows + (first + row(n)) * stride + column(n));
+    }
+  }
+
+  template <int kPitch>
+  __device__ void put(T (&s_rows)[kRows][kPitch]) const {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) *reinterpret_cast<Vector<T>*>(&s_rows[row(n)][column(n)]) = part[n];
+  }
+};
+
+/// Without work in between.
+template <int kThreads, int kColumns, class T, int kRows, int kPitch>
+__device__ void stage_rows(T (&s_rows)[kRows][kPitch], const T* rows, std::int64_t stride, int first, int count) {
+  RowsInFlight<T, kThreads, kRows, kColumns> carried;
+  carried.fetch(rows, stride, first, count);
+  carried.put(s_rows);
 }
 
 /// The way back: rounds finished rows and writes those before `count`. Marks each strip of 16 rows that holds a value

@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads) scores_kernel(const __grid_constant_
     for (Sums& tile : score) wmma::fill_fragment(tile, 0.0f);
     for (int column = 0; column < p.size.head_dim; column += kSlice) {
       __syncthreads();  // the slice before is no longer needed
-      stage_rows<kThreads, kSlice>(s_q, q, p.q.seq, first_row, static_cast<int>(p.size.seqlen_q), column);
-      stage_rows<kThreads, kSlice>(s_k, k, p.k.seq, first_key, static_cast<int>(p.size.seqlen_k), column);
+      stage_rows<kThreads, kSlice>(s_q, q + column, p.q.seq, first_row, static_cast<int>(p.size.seqlen_q));
+      stage_rows<kThreads, kSlice>(s_k, k + column, p.k.seq, first_key, static_cast<int>(p.size.seqlen_k));
       __syncthreads();  // the slices are there
 #pragma unroll
       for (int d = 0; d < kSlice; d += kSide) {
