@@ -133,6 +133,57 @@ TEST(MakePlan, IsPure) {
   }
 }
 
+DeviceInfo fake_gpu(int major, int minor, std::size_t shared_kib) {
+  DeviceInfo info = fake_device(DeviceType::cuda);
+  info.compute_major = major;
+  info.compute_minor = minor;
+  info.shared_bytes_per_block = shared_kib * 1024;
+  return info;
+}
+
+bool is_run(const Problem& problem, const DeviceInfo& device) {
+  return explain_plan(problem, device).find("kernel:    none") == std::string::npos;
+}
+
+TEST(Ladder, IsTakenByItsNameOnly) {
+  if (!built_with_cuda()) GTEST_SKIP() << "this build has no CUDA rows";
+  const Problem problem = parse_problem("fwd fp16 b1 q512 k512 h8 d64 causal lse");
+  for (const DeviceInfo& device : {fake_gpu(7, 5, 64), fake_gpu(8, 0, 163), fake_gpu(9, 0, 227)}) {
+    if (!is_run(problem, device)) continue;  // this build has no machine code for it
+    const std::string chosen = make_plan(problem, device).kernel->name;
+    EXPECT_FALSE(matches(chosen, "ladder")) << chosen;
+    for (const std::string name : {"cuda.ladder.unfused_wmma", "cuda.ladder.fused_wmma"})
+      EXPECT_EQ(make_plan(problem, device, name).kernel->name, name);
+  }
+}
+
+TEST(Ladder, SaysWhatItDoesNotTake) {
+  if (!built_with_cuda()) GTEST_SKIP() << "this build has no CUDA rows";
+  const auto message = [](const char* line, const DeviceInfo& device) {
+    return message_of(parse_problem(line), device, "ladder.fused_wmma");
+  };
+  const DeviceInfo hopper = fake_gpu(9, 0, 227);
+  EXPECT_NE(message("fwd fp16 b1 q8 k8 h1 d80", hopper).find("head_dim 32, 64 and 128, not 80"), std::string::npos);
+  EXPECT_NE(message("fwd fp16 b1 q8 k8 h1 d64 window4,0", hopper).find("does not know window"), std::string::npos);
+  EXPECT_NE(message("bwd fp16 b1 q8 k8 h1 d64", hopper).find("does not do backward"), std::string::npos);
+  const DeviceInfo turing = fake_gpu(7, 5, 64);
+  EXPECT_NE(message("fwd bf16 b1 q8 k8 h1 d64", turing).find("8.0 for bfloat16"), std::string::npos);
+}
+
+/// Tall tiles where there are enough of them for every multiprocessor and shared memory holds them, low ones elsewhere.
+TEST(Ladder, ChoosesTheHeightOfItsTiles) {
+  if (!built_with_cuda()) GTEST_SKIP() << "this build has no CUDA rows";
+  const auto height = [](const char* line, std::size_t shared_kib) {
+    return make_plan(parse_problem(line), fake_gpu(9, 0, shared_kib), "ladder.fused_wmma").block_m;
+  };
+  if (!is_run(parse_problem("fwd fp16 b1 q512 k512 h8 d64"), fake_gpu(9, 0, 227)))
+    GTEST_SKIP() << "this build has no machine code for it";
+  EXPECT_EQ(height("fwd fp16 b1 q512 k512 h8 d64", 227), 32);
+  EXPECT_EQ(height("fwd fp16 b4 q512 k512 h8 d64", 227), 64);
+  EXPECT_EQ(height("fwd fp16 b4 q512 k512 h8 d64", 64), 64);
+  EXPECT_EQ(height("fwd fp16 b4 q512 k512 h8 d128", 64), 32);
+}
+
 TEST(KernelVariable, ChoosesTheRowWhereTheCallDoesNot) {
   const Environment variable("FLASHCORE_KERNEL", "cpu.reference");
   const Problem problem = parse_problem("fwd fp16 b1 q8 k8 h1 d64");

@@ -86,7 +86,7 @@ TEST_P(VectorAdd, AddsEveryRankAndLayoutExactly) {
 
 TEST_P(VectorAdd, AddsLongVectorsOfEveryAlignment) {
   Random random(7);
-  for (const std::int64_t size : {31, 4096, 70001}) {
+  for (const std::int64_t size : {31, 4096, 70001}) {  // less than a vector a thread, some blocks, a ragged end
     for (const std::int64_t skip : {0, 1, 3}) {
       Array a = array({size + skip}).fill_random(random);
       Array b = array({size + skip}).fill_random(random);
@@ -275,6 +275,44 @@ TEST_P(Reduce, AllAxesOfEveryLayout) {
         reduce(x.view(), out.view(), op);
         expect_reduced(out, x, shape, op, -1);
       }
+    }
+  }
+}
+
+/// Sizes that are reduced by some lanes, by warps, by blocks, by columns, and in chunks; in the middle as well.
+TEST_P(Reduce, LongAndWideAxes) {
+  Random random(44);
+  for (const Sizes& shape : {Sizes{300, 20}, {20, 300}, {3, 2100}, {2100, 3}, {2, 1500, 40}, {3, 37, 290}, {40001}}) {
+    const Array x = array(shape).fill_random(random);
+    for (int axis = 0; axis < static_cast<int>(shape.size()); ++axis)
+      for (const ReduceOp op : kOps) {
+        SCOPED_TRACE(describe(x.view()) + " axis " + std::to_string(axis) + " op " +
+                     std::to_string(static_cast<int>(op)));
+        const Sizes kept = without(shape, axis);
+        const Array out = array(kept);
+        reduce(x.view(), out.view(), op, axis);
+        expect_reduced(out, x, shape, op, axis);
+      }
+  }
+}
+
+/// Where the array begins decides how it can be read, not what comes out.
+TEST_P(Reduce, IsTheSameAtEveryAddress) {
+  Random random(45);
+  for (const Sizes& shape : {Sizes{9, 2100}, {2100, 24}}) {
+    const Array plain = array(shape).fill_random(random);
+    Array shifted = array({product(shape) + 1});
+    std::vector<double> values = plain.values();
+    values.insert(values.begin(), 0.0);
+    shifted.set(values);
+    TensorView moved = plain.view();
+    moved.data = static_cast<char*>(shifted.view().data) + size_of(dtype());
+    for (int axis = 0; axis < 2; ++axis) {
+      const Array one = array(without(shape, axis));
+      const Array other = array(without(shape, axis));
+      reduce(plain.view(), one.view(), ReduceOp::sum, axis);
+      reduce(moved, other.view(), ReduceOp::sum, axis);
+      EXPECT_EQ(one.bytes(), other.bytes()) << describe(plain.view()) << " axis " << axis;
     }
   }
 }

@@ -31,7 +31,7 @@ struct Backend {
   void (*vector_add)(const ArrayParams& a, const ArrayParams& b, const ArrayParams& out, int index, Stream stream);
   void (*reduce)(const ReduceParams&, int index, Stream stream);
 
-  const KernelTable* tables;  // best first; the reference row is the last row of the last table
+  const KernelTable* tables;  // best first; behind the reference rows only those that are run by name
   int table_count;
 };
 

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import flashcore as fc
 import pytest
@@ -20,6 +21,37 @@ def test_info():
     assert fc.__version__ in text
     assert "cpu" in text
     assert "reference" in text
+
+
+def test_info_tells_a_gpu_in_words():
+    from flashcore.cli.info import details
+
+    gpu = SimpleNamespace(
+        warp_size=32,
+        clock_khz=1_980_000,
+        memory_clock_khz=3_201_000,
+        memory_bus_bits=6144,
+        l2_bytes=60 << 20,
+        shared_bytes_per_sm=228 << 10,
+        shared_bytes_per_block=227 << 10,
+        driver_version=13000,
+        runtime_version=12040,
+    )
+    told = dict(details(gpu))
+    assert told["warp size"] == "32"
+    assert told["SM clock up to"] == "1.98 GHz"
+    assert told["memory up to"] == "4917 GB/s"  # 2 · 3.201 GHz · 6144 bits
+    assert told["L2"] == "60.0 MiB"
+    assert (told["driver CUDA"], told["runtime CUDA"]) == ("13.0", "12.4")
+
+
+@pytest.mark.skipif(fc.device_count() == 0, reason="needs a GPU")
+def test_info_knows_every_gpu():
+    for index in range(fc.device_count()):
+        gpu = fc.device_info(index)
+        assert gpu.warp_size == 32
+        assert min(gpu.multiprocessors, gpu.clock_khz, gpu.memory_clock_khz, gpu.l2_bytes, gpu.memory_bytes) > 0
+    assert "warp size 32" in run("info")
 
 
 def test_explain_is_the_librarys_answer():

@@ -15,7 +15,16 @@ inline constexpr const char* kCaseLines[] = {
     "fwd b1 q130 k200 h2/1 d64 causal_br lse",
     "fwd b1 q64 k257 h4/1 d128",
     "fwd b1 q16 k300 h1 d32 scale2 lse",
+    "fwd b2 q33 k65 h4/2 d32 lse",  // whole head_dims: rows that know only these
+    "fwd b1 q64 k64 h2 d64 lse",
+    "fwd b1 q65 k127 h2/1 d128 lse",
+    "fwd b2 q34 k9 h66/2 d32 causal_tl lse",  // many heads: rows that take taller tiles where these fill the device
+    "fwd b2 q65 k66 h33/3 d64 causal_br lse",
+    "fwd b2 q34 k9 h66/2 d128 lse",
     // positions
+    "fwd b1 q40 k100 h2 d32 causal_tl lse",
+    "fwd b2 q100 k40 h2/1 d64 causal_br lse",
+    "fwd b1 q97 k97 h2 d128 causal lse",
     "fwd b2 q13 k13 h2 d24 causal lse",
     "fwd b1 q9 k21 h2 d16 causal_tl lse",
     "fwd b1 q9 k21 h2 d16 causal_br lse",
@@ -56,6 +65,9 @@ inline constexpr const char* kCaseLines[] = {
     "fwd b3 q5 k5 h2 d8 varlen0/9 lse",
     "fwd b3 q5 k5 h2 d8 varlen9/0 lse",
     "fwd b0 q5 k5 h2 d8 varlen4/4 lse",
+    "fwd b0 q8 k8 h2 d64 causal lse",
+    "fwd b2 q0 k8 h2 d64 lse",
+    "fwd b2 q8 k0 h2 d64 lse",
     // float8
     "fwd b2 q17 k40 h4/2 d16 causal_br descale lse",
     "fwd b2 q17 k40 h2 d32/16 out_fp16 sinks descale",

@@ -34,7 +34,8 @@ inline std::vector<std::int64_t> offsets_of(const Sizes& shape, const Sizes& str
   return offsets;
 }
 
-/// An array on a device with strides of any kind, with two elements before and after it that belong to nobody.
+/// An array on a device with strides of any kind, with a few elements before and after it that belong to
+/// nobody: so many that the array itself may be read 16 bytes at a time.
 class StridedArray {
  public:
   StridedArray(Device device, DType dtype, const Sizes& shape, const Sizes& stride) {
@@ -96,7 +97,7 @@ class StridedArray {
   }
 
  private:
-  static constexpr std::int64_t kMargin = 2;
+  static constexpr std::int64_t kMargin = 8;
 
   std::vector<double> load() const {
     const std::vector<unsigned char> raw = bytes();

@@ -15,6 +15,7 @@ struct DeviceInfo {
   std::string name;       ///< as the driver (or /proc/cpuinfo) spells it
   int compute_major = 0;  ///< CUDA compute capability; 0 on the CPU
   int compute_minor = 0;
+  int warp_size = 0;             ///< threads that run in step; 0 on the CPU
   int multiprocessors = 0;       ///< SMs; on the CPU the number of hardware threads
   std::size_t memory_bytes = 0;  ///< total memory of the device
   std::size_t l2_bytes = 0;

@@ -124,6 +124,7 @@ void bind_device(nb::module_& m) {
           "compute_capability",
           [](const DeviceInfo& self) { return nb::make_tuple(self.compute_major, self.compute_minor); },
           nb::for_getter(nb::sig("def compute_capability(self) -> tuple[int, int]")))
+      .def_ro("warp_size", &DeviceInfo::warp_size)
       .def_ro("multiprocessors", &DeviceInfo::multiprocessors)
       .def_ro("memory_bytes", &DeviceInfo::memory_bytes)
       .def_ro("l2_bytes", &DeviceInfo::l2_bytes)

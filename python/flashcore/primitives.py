@@ -13,7 +13,7 @@ _OPERATIONS = {"sum": 0, "max": 1, "min": 2, "mean": 3}
 
 
 def vector_add(a: Any, b: Any, *, out: Any = None, stream: Any = None) -> Any:
-    """a + b, element by element, rounded once to the dtype.
+    """a + b, element by element, rounded once to the dtype. NaN + x and ∞ - ∞ are NaN.
 
     Args:
       a, b: one shape (any rank up to 8, any strides), one dtype of float16, bfloat16, float32, float64, one device.
@@ -44,8 +44,8 @@ def reduce(
       axis: may be negative, counted from the end.
       out: an array to write to, of x's dtype and of x's shape without `axis` (rank 0 for None).
 
-    Returns: an array; of rank 0 where axis is None. NaN in x gives NaN; nothing to reduce gives 0 for "sum" and NaN
-    for "mean".
+    Returns: an array; of rank 0 where axis is None. A NaN in x makes its result NaN, whatever `op` is; nothing to
+    reduce gives 0 for "sum" and NaN for "mean".
 
     Raises: ValueError (also for "max" and "min" of nothing), TypeError, CudaError.
     """

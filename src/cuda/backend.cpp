@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "../kernels/common/common.h"
+#include "../kernels/ladder/ladder.h"
 #include "../kernels/reference/reference.h"
 #include "../kernels/sm90/sm90.h"
 #include "runtime.h"
@@ -11,7 +12,7 @@
 namespace flashcore::detail {
 
 const Backend& cuda_backend() {
-  static const KernelTable tables[] = {sm90::table(), reference::table()};
+  static const KernelTable tables[] = {sm90::table(), reference::table(), ladder::table()};
   static const Backend backend = {
       .type = DeviceType::cuda,
       .device_count = cuda::device_count,

@@ -51,6 +51,7 @@ DeviceInfo device_info(int index) {
   info.name = properties.name;
   info.compute_major = properties.major;
   info.compute_minor = properties.minor;
+  info.warp_size = properties.warpSize;
   info.multiprocessors = properties.multiProcessorCount;
   info.memory_bytes = properties.totalGlobalMem;
   info.l2_bytes = static_cast<std::size_t>(properties.l2CacheSize);

@@ -1,4 +1,4 @@
-// launch: how every kernel is started.
+// launch: how kernels are started.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,6 +24,40 @@ void launch(const char* name, void (*kernel)(Formal...), std::int64_t blocks, in
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Formal>(arguments)...), name);
+}
+
+/// Whether the current device starts a kernel early, while the one before it on the stream ends.
+inline bool can_start_early() {
+  int device = 0;
+  int major = 0;
+  check(cudaGetDevice(&device), "reading the current device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "reading the compute capability");
+  return major >= 9;
+}
+
+/// The same as launch, for a kernel that goes on with what the one before it on the stream has written: it is started
+/// early where the device can do that, so it must begin with wait_for_previous_kernel().
+template <class... Formal, class... Actual>
+void launch_early(const char* name, void (*kernel)(Formal...), std::int64_t blocks, int threads, Stream stream,
+                  const Actual&... arguments) {
+  if (blocks <= 0) return;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = can_start_early() ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Formal>(arguments)...), name);
+}
+
+/// Until the kernel before this one on the stream is done and what it wrote can be read.
+inline __device__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /// `count` things, `each` per block.

@@ -35,9 +35,31 @@ def run(arguments: argparse.Namespace) -> int:
             ", ".join(kernels(device)),
         )
     console.print(table)
+    for device in devices[1:]:
+        console.print(f"{device}: {', '.join(f'{name} {value}' for name, value in details(device_info(device)))}")
     if len(devices) == 1:
         console.print(f"no CUDA device: {_core.no_device_reason()}")
     return 0
+
+
+def details(gpu: Any) -> list[tuple[str, str]]:
+    """What else there is to know of a GPU (a DeviceInfo), in words."""
+    bytes_per_second = 2e3 * gpu.memory_clock_khz * gpu.memory_bus_bits / 8  # two transfers a clock
+    return [
+        ("warp size", str(gpu.warp_size)),
+        ("SM clock up to", f"{gpu.clock_khz / 1e6:.2f} GHz"),
+        ("memory clock", f"{gpu.memory_clock_khz / 1e6:.2f} GHz × {gpu.memory_bus_bits} bits"),
+        ("memory up to", f"{bytes_per_second / 1e9:.0f} GB/s"),
+        ("L2", f"{gpu.l2_bytes / 2**20:.1f} MiB"),
+        ("shared memory", f"{gpu.shared_bytes_per_sm / 2**10:.0f} KiB a multiprocessor"),
+        ("of which a block", f"{gpu.shared_bytes_per_block / 2**10:.0f} KiB"),
+        ("driver CUDA", _version(gpu.driver_version)),
+        ("runtime CUDA", _version(gpu.runtime_version)),
+    ]
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def kernels(device: str) -> list[str]:

@@ -1,8 +1,7 @@
 // Repair: a warp looks at a few flags at once; where one is set, it does its rows one after the other.
 #include <algorithm>
 
-#include "../../cuda/check.h"
-#include "../ptx/warp.cuh"
+#include "../../cuda/launch.cuh"
 #include "../tile/exact_rows.cuh"
 #include "repair.h"
 
@@ -56,7 +55,7 @@ __device__ void clear_unowned_row(const Params& p, std::int64_t row) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) repair(const __grid_constant__ Params p, const std::uint8_t* spoilt,
                                                    std::int64_t flags_per_head, std::int64_t flags) {
-  ptx::grid_dependency_wait();  // launched early: the flags are written by the kernel before
+  cuda::wait_for_previous_kernel();  // it writes the flags
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t thread = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t threads = std::int64_t(gridDim.x) * kThreads;
@@ -71,22 +70,14 @@ __global__ void __launch_bounds__(kThreads) repair(const __grid_constant__ Param
 
 }  // namespace
 
-void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, Stream stream) {
+void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, std::int64_t flags_per_head, Stream stream) {
   constexpr std::int64_t kMaxBlocks = 132 * 8;  // a grid's worth; further flags are looked at in strides
   const bool packed = params.sequence.cu_seqlens_q != nullptr;
-  const std::int64_t flags = spoilt_flags(packed, params.size);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min((flags + kFlagsPerBlock - 1) / kFlagsPerBlock, kMaxBlocks)));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
+  const std::int64_t flags = spoilt_flags(packed, params.size, flags_per_head);
+  const std::int64_t blocks = std::min(cuda::blocks_for(flags, kFlagsPerBlock), kMaxBlocks);
   const auto kernel = params.dtype == DType::float16 ? repair<Float16> : repair<BFloat16>;
-  cuda::check(cudaLaunchKernelEx(&config, kernel, params, spoilt, spoilt_flags_per_head(packed, params.size), flags),
-              "launching the repair of spoilt rows");
+  cuda::launch_early("launching the repair of spoilt rows", kernel, blocks, kThreads, stream, params, spoilt,
+                     flags_per_head, flags);
 }
 
 }  // namespace flashcore::detail

@@ -15,12 +15,12 @@ namespace flashcore::detail {
 
 inline constexpr int kSpoiltRows = 16;  // of one sequence and head, that share a flag
 
-/// Flags of a head: of one batch entry, or of all packed sequences, each starting at a flag of its own.
+/// The fewest flags of a head: of one batch entry, or of all packed sequences, each starting at a flag of its own.
 inline std::int64_t spoilt_flags_per_head(bool packed, const SizeParams& size) {
   return packed ? size.total_q / kSpoiltRows + size.batch + 1 : (size.seqlen_q + kSpoiltRows - 1) / kSpoiltRows;
 }
-inline std::int64_t spoilt_flags(bool packed, const SizeParams& size) {
-  return spoilt_flags_per_head(packed, size) * size.heads_q * (packed ? 1 : size.batch);
+inline std::int64_t spoilt_flags(bool packed, const SizeParams& size, std::int64_t flags_per_head) {
+  return flags_per_head * size.heads_q * (packed ? 1 : size.batch);
 }
 
 /// The flag of rows `row` … `row` + 15 of a sequence that begins at packed row `q_begin`.
@@ -32,6 +32,6 @@ FLASHCORE_HD std::int64_t spoilt_flag(bool packed, std::int64_t flags_per_head, 
 
 /// Queues the repair. Where sequences are packed, also clears the rows that no sequence owns (out 0, lse −inf).
 /// Flags of rows that do not exist may hold anything.
-void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, Stream stream);
+void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, std::int64_t flags_per_head, Stream stream);
 
 }  // namespace flashcore::detail

@@ -1,5 +1,6 @@
-// out = a + b: 16 bytes a thread where all three arrays are dense and aligned, element by element elsewhere.
+// out = a + b: vectors of 16 bytes where all three arrays are dense and aligned, element by element elsewhere.
 #include "../../cuda/launch.cuh"
+#include "../tile/vector.cuh"
 #include "arrays.h"
 #include "common.h"
 
@@ -7,15 +8,11 @@ namespace flashcore::common {
 namespace {
 
 using detail::ArrayParams;
+using tile::kVectorBytes;
+using tile::Vector;
 
 constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;
-
-template <class T>
-struct alignas(kVectorBytes) Vector {
-  static constexpr int kSize = kVectorBytes / static_cast<int>(sizeof(T));
-  T x[kSize];
-};
+constexpr int kAtOnce = 4;  // vectors of each array that a thread asks for before it waits for the first
 
 template <class T>
 __device__ T sum_of(T a, T b) {
@@ -24,19 +21,35 @@ __device__ T sum_of(T a, T b) {
   return sum;
 }
 
-/// The first count / kSize vectors, then the few elements that are left. `out` may be `a` or `b`.
+template <class T>
+__device__ Vector<T> sum_of(const Vector<T>& a, const Vector<T>& b) {
+  Vector<T> sum;
+  for (int n = 0; n < Vector<T>::kSize; ++n) sum.x[n] = sum_of(a.x[n], b.x[n]);
+  return sum;
+}
+
+/// The first count / kSize vectors, then the few elements that are left. `out` may be `a` or `b`: what a thread
+/// overwrites it has read.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_dense_kernel(const T* a, const T* b, T* out, std::int64_t count) {
   const std::int64_t vectors = count / Vector<T>::kSize;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads * kAtOnce;
+  for (std::int64_t first = blockIdx.x * std::int64_t{kThreads * kAtOnce} + threadIdx.x; first < vectors;
+       first += step) {
+    Vector<T> x[kAtOnce];
+    Vector<T> y[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (first + n * kThreads >= vectors) continue;
+      x[n] = reinterpret_cast<const Vector<T>*>(a)[first + n * kThreads];
+      y[n] = reinterpret_cast<const Vector<T>*>(b)[first + n * kThreads];
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n)
+      if (first + n * kThreads < vectors) reinterpret_cast<Vector<T>*>(out)[first + n * kThreads] = sum_of(x[n], y[n]);
+  }
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kThreads;
   const std::int64_t thread = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
-  for (std::int64_t i = thread; i < vectors; i += threads) {
-    const Vector<T> x = reinterpret_cast<const Vector<T>*>(a)[i];
-    const Vector<T> y = reinterpret_cast<const Vector<T>*>(b)[i];
-    Vector<T> sum;
-    for (int n = 0; n < Vector<T>::kSize; ++n) sum.x[n] = sum_of(x.x[n], y.x[n]);
-    reinterpret_cast<Vector<T>*>(out)[i] = sum;
-  }
   for (std::int64_t i = vectors * Vector<T>::kSize + thread; i < count; i += threads) out[i] = sum_of(a[i], b[i]);
 }
 
@@ -62,8 +75,8 @@ void launch_as(const ArrayParams& a, const ArrayParams& b, const ArrayParams& ou
   const std::int64_t count = element_count(out);
   if (is_dense_and_aligned(a) && is_dense_and_aligned(b) && is_dense_and_aligned(out)) {
     cuda::launch("starting the dense addition kernel", add_dense_kernel<T>,
-                 cuda::blocks_for(count, kThreads * Vector<T>::kSize), kThreads, stream, static_cast<const T*>(a.data),
-                 static_cast<const T*>(b.data), static_cast<T*>(out.data), count);
+                 cuda::blocks_for(count, kThreads * kAtOnce * Vector<T>::kSize), kThreads, stream,
+                 static_cast<const T*>(a.data), static_cast<const T*>(b.data), static_cast<T*>(out.data), count);
   } else {
     cuda::launch("starting the strided addition kernel", add_strided_kernel<T>, cuda::blocks_for(count, kThreads),
                  kThreads, stream, a, b, out, count);

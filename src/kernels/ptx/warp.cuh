@@ -24,14 +24,6 @@ __device__ __forceinline__ bool elect() {
   return chosen != 0;
 }
 
-/// griddepcontrol.wait: what the stream's kernels before this one wrote is visible from here on. Does nothing where the
-/// kernel was not launched early.
-__device__ __forceinline__ void grid_dependency_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 /// ex2.approx.ftz: 2^x, about 2 ulp; ex2(-inf) is 0.
 __device__ __forceinline__ float ex2(float x) {
   float y;

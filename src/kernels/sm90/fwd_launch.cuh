@@ -88,7 +88,7 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   cuda::check(cudaLaunchKernelEx(&config, kernel, q.map, k.map, v.map, out.map, args), "launching sm90.fwd");
-  if (args.spoilt) repair_spoilt_rows(p, args.spoilt, stream);
+  if (args.spoilt) repair_spoilt_rows(p, args.spoilt, args.flags_per_head, stream);
 }
 
 template <class Element, int kHeadDim>

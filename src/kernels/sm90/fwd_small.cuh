@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "../../cuda/launch.cuh"
 #include "../params.h"
 #include "../ptx/barrier.cuh"
 #include "../ptx/tma.cuh"
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(128 * kSmallParts, 1)
     ptx::barrier_init(full_k, 1);
     ptx::barrier_init(full_v, 1);
     ptx::fence_barrier_init();
-    ptx::grid_dependency_wait();
+    cuda::wait_for_previous_kernel();
     const int head_k = args.group == 1 ? head : head / args.group;
     if (sees_keys)
       load(&map_k, s_k, full_k, Traits::kKeys, first_key, head_k * args.k_head_step, batch * args.k_batch_step);

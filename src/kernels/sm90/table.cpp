@@ -66,8 +66,9 @@ void plan_forward(const Problem& problem, const DeviceInfo& device, Plan& plan) 
   size.total_q = s.total_q;
   size.heads_q = static_cast<std::int32_t>(s.heads_q);
   plan.slices[kTileCounter] = plan.workspace.add(sizeof(unsigned));
-  plan.slices[kSpoiltFlags] =
-      plan.workspace.add(static_cast<std::size_t>(detail::spoilt_flags((features & detail::kVarlen) != 0, size)));
+  const bool packed = (features & detail::kVarlen) != 0;
+  const std::int64_t flags = detail::spoilt_flags(packed, size, detail::spoilt_flags_per_head(packed, size));
+  plan.slices[kSpoiltFlags] = plan.workspace.add(static_cast<std::size_t>(flags));
 }
 
 template <int bucket>

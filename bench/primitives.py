@@ -1,0 +1,293 @@
+"""Times vector_add and reduce beside torch, CuPy and NumPy: same values, one process, in turn.
+
+    python bench/primitives.py                                   # the cases below
+    python bench/primitives.py "add fp16 33554432" "sum fp32 4096x4096 axis0"
+    python bench/primitives.py --save bench/results/NAME.json --csv NAME.csv
+
+A case is an operation (add, sum, max, min, mean), a dtype (fp16, bf16, fp32, fp64), a shape, and the axis that is
+reduced; without one everything is. GB/s counts each byte that has to be read or written once. The share is that of a
+large copy within the same memory, measured in the same run: bytes read and bytes written both counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flashcore as fc
+import numpy as np
+from flashcore.bench import ceilings, provenance, report
+from flashcore.bench.arrays import NAMES, decode
+from flashcore.bench.results import check_writable, save
+from flashcore.bench.stage import CACHES, Stage
+from flashcore.bench.statistics import summary
+from flashcore.bench.timing import Contender, Plan, take_rounds
+from rich.console import Console
+from rich.progress import track
+
+OURS = "flashcore"
+OPERATIONS = ("add", "sum", "max", "min", "mean")
+SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+EXAMPLE = '"add fp32 16777216" or "sum fp16 4096x4096 axis0"'
+SUMMARY = ("us_mean", "us_std", "us", "us_p95", "us_p99")
+COLUMNS = ("case", "contender", *SUMMARY, "gbs", "share_copy", "error")
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int | None = None
+
+    @property
+    def line(self) -> str:
+        axis = "" if self.axis is None else f" axis{self.axis}"
+        return f"{self.op} {self.dtype} {'x'.join(map(str, self.shape))}{axis}"
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        if self.op == "add":
+            return self.shape
+        return () if self.axis is None else self.shape[: self.axis] + self.shape[self.axis + 1 :]
+
+    @property
+    def bytes(self) -> int:
+        inputs = 2 if self.op == "add" else 1
+        return (inputs * math.prod(self.shape) + math.prod(self.left)) * SIZES[self.dtype]
+
+
+def parse(line: str) -> Case:
+    """Raises ValueError saying which word is wrong."""
+
+    def wrong(word: str, allowed: str) -> ValueError:
+        return ValueError(f'"{line}": "{word}" given; {allowed}; for example {EXAMPLE}')
+
+    words = line.split()
+    op, dtype, shape, *rest = words + [""] * (3 - len(words))
+    if op not in OPERATIONS:
+        raise wrong(op, f"an operation of {', '.join(OPERATIONS)} comes first")
+    if dtype not in SIZES:
+        raise wrong(dtype, f"a dtype of {', '.join(SIZES)} comes second")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise wrong(shape, "a shape of sizes with x between comes third")
+    case = Case(op, dtype, tuple(map(int, shape.split("x"))))
+    if not rest:
+        return case
+    if op == "add" or len(rest) > 1:
+        raise wrong(rest[-1], "nothing may follow there")
+    axis = re.fullmatch(r"axis(\d+)", rest[0])
+    if not axis or int(axis[1]) >= len(case.shape):
+        raise wrong(rest[0], f"axis0 to axis{len(case.shape) - 1} may follow")
+    return Case(op, dtype, case.shape, int(axis[1]))
+
+
+def default_cases() -> Iterator[Case]:
+    for mib, dtype in itertools.product((64, 256, 1024), ("fp32", "fp16", "bf16")):
+        count = (mib << 20) // SIZES[dtype]
+        yield Case("add", dtype, (count,))
+        yield Case("sum", dtype, (count,))
+        if dtype == "fp32":
+            yield from (Case(op, dtype, (count,)) for op in ("max", "mean"))
+        for axis in (0, 1):
+            yield Case("sum", dtype, (4096, count // 4096), axis)
+        yield Case("max", dtype, (count // 64, 64), 1)
+
+
+# ---- who is timed ----------------------------------------------------------------------------------------------------
+
+
+def our_call(case: Case, arrays: list[Any], stage: Stage) -> Call:
+    *inputs, out = arrays
+    if case.op == "add":
+        return lambda: fc.vector_add(*inputs, out=out, stream=stage.stream)
+    return lambda: fc.reduce(*inputs, case.op, case.axis, out=out, stream=stage.stream)
+
+
+def torch_call(case: Case, arrays: list[Any], stage: Stage) -> Call:
+    torch = stage.torch
+    *inputs, out = (torch.from_dlpack(array) for array in arrays)
+    if case.op == "add":
+        return lambda: torch.add(*inputs, out=out)
+    function = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[case.op]
+    axes = tuple(range(len(case.shape))) if case.axis is None else case.axis
+    return lambda: function(*inputs, axes, out=out)
+
+
+def array_module_call(module: Any, case: Case, arrays: list[Any]) -> Call:
+    *inputs, out = (module.from_dlpack(array) for array in arrays)
+    if case.op == "add":
+        return lambda: module.add(*inputs, out=out)
+    return lambda: getattr(module, case.op)(*inputs, axis=case.axis, out=out)
+
+
+def cupy_call(case: Case, arrays: list[Any], stage: Stage) -> Call:
+    import cupy
+
+    call, stream = array_module_call(cupy, case, arrays), cupy.cuda.ExternalStream(stage.stream)
+
+    def on_stream() -> Any:
+        with stream:
+            return call()
+
+    return on_stream
+
+
+def numpy_call(case: Case, arrays: list[Any], stage: Stage) -> Call:
+    return array_module_call(np, case, arrays)
+
+
+def makers(stage: Stage) -> dict[str, Callable[[Case, list[Any], Stage], Call]]:
+    """flashcore and who else can be imported here."""
+    found = {OURS: our_call}
+    if stage.torch:
+        found["torch"] = torch_call
+    if not stage.cuda:
+        found["numpy"] = numpy_call
+    elif (
+        provenance.version_of("cupy-cuda13x") or provenance.version_of("cupy-cuda12x") or provenance.version_of("cupy")
+    ):
+        found["cupy"] = cupy_call
+    return found
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def exact(case: Case, inputs: list[Any]) -> Any:
+    if case.op == "add":
+        return inputs[0] + inputs[1]
+    return getattr(np, case.op)(inputs[0], axis=case.axis)
+
+
+def error_of(case: Case, result: Any, inputs: list[Any], truth: Any) -> float:
+    """The largest error against float64, relative to the size of what was summed up."""
+    size = np.abs(inputs[0]).sum(axis=case.axis) if case.op in ("sum", "mean") else np.abs(truth)
+    if case.op == "mean":
+        size = size * np.size(truth) / inputs[0].size
+    return float(np.max(np.abs(result - truth) / np.maximum(size, 1e-30)))
+
+
+def measure(case: Case, stage: Stage, plan: Plan) -> dict[str, Any]:
+    """The result of one case. A contender that cannot do it is named among the failures."""
+    name = NAMES[case.dtype]
+    inputs = 2 if case.op == "add" else 1
+    sets = [
+        [*(stage.maker.normal(case.shape, name) for _ in range(inputs)), stage.maker.empty(case.left, name)]
+        for _ in range(stage.copies(case.bytes))
+    ]
+    values = [decode(stage.maker.host(array), name) for array in sets[0][:-1]]
+    truth = exact(case, values)
+    entry: dict[str, Any] = {"case": case.line, "bytes": case.bytes, "results": {}, "failures": {}}
+    contenders = []
+    for who, make in makers(stage).items():
+        try:
+            with stage.current():
+                calls = [make(case, arrays, stage) for arrays in sets]
+                contenders.append(ready(who, calls, stage))
+            error = error_of(case, decode(stage.maker.host(sets[0][-1]), name), values, truth)
+            entry["results"][who] = {"error": error}
+        except Exception as reason:  # a contender that cannot do the case is no reason to stop
+            entry["failures"][who] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+    with stage.current():
+        take_rounds(contenders, stage.clock, plan, stage.flush if stage.caches == "flush" else None)
+    for contender in contenders:
+        result = entry["results"][contender.name]
+        result |= summary(contender.samples)
+        result["gbs"] = case.bytes / result["us"] / 1e3
+    return entry
+
+
+def ready(who: str, calls: list[Call], stage: Stage) -> Contender:
+    """Has run once on every set; recorded as a CUDA graph where that can be."""
+    for call in calls:
+        call()
+    stage.wait()
+    if who == "cupy":
+        return stage.eager(who, calls)
+    try:
+        return stage.contender(who, calls, torchs=who == "torch")
+    except RuntimeError:
+        return stage.eager(who, calls)
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+
+def rows(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for entry in data["cases"]:
+        for who, result in entry["results"].items():
+            yield {"case": entry["case"], "contender": who, **{name: result[name] for name in COLUMNS[2:]}}
+
+
+def show(console: Console, data: dict[str, Any]) -> None:
+    made = report.table("", "", "mean µs", "std", "p50", "p95", "p99", "GB/s", "% copy", "error", title="Primitives")
+    for row in rows(data):
+        times = [report.number(row[name]) for name in SUMMARY]
+        rates = [report.number(row["gbs"]), report.percent(row["share_copy"]), f"{row['error']:.1e}"]
+        style = "green" if row["contender"] == OURS else None
+        made.add_row(row["case"], row["contender"], *times, *rates, style=style)
+    console.print(made)
+    for entry in data["cases"]:
+        for who, why in entry["failures"].items():
+            console.print(f"{entry['case']}: without {who}: {why}", markup=False, soft_wrap=True)
+    console.print(f"copy: {report.number(data['ceilings']['copy_gbs'])} GB/s")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=EXAMPLE)
+    parser.add_argument("--device", help='"cpu", "cuda" or "cuda:N"; default: the best there is')
+    parser.add_argument("--warm-up", type=int, default=20, help="rounds before those that count (20)")
+    parser.add_argument("--iterations", type=int, default=100, help="rounds that count (100)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="a case ends early after so long (10)")
+    parser.add_argument("--caches", choices=CACHES, default="rotate", help="what a call finds in the GPU's L2 cache")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON, after every case")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write CSV")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    try:
+        cases = [parse(line) for line in given.cases] or list(default_cases())
+        for path in filter(None, (given.save, given.csv)):
+            check_writable(path)
+        stage = Stage(given.device, caches=given.caches)
+    except ValueError as wrong:
+        print(f"primitives.py: {wrong}", file=sys.stderr)
+        return 2
+    plan = Plan(given.warm_up, given.iterations, given.seconds)
+    data: dict[str, Any] = {"machine": provenance.machine(stage), "ceilings": {"copy_gbs": ceilings.copy_gbs(stage)}}
+    data |= {"settings": {"caches": stage.caches, "warm_up": plan.warm_up, "rounds": plan.rounds}, "cases": []}
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else report.WIDE)
+    for case in track(cases, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        entry = measure(case, stage, plan)
+        stage.forget()
+        for result in entry["results"].values():
+            result["share_copy"] = result["gbs"] / data["ceilings"]["copy_gbs"]
+        data["cases"].append(entry)
+        if given.save:
+            save(given.save, data)
+    show(console, data)
+    if given.csv:
+        with given.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
