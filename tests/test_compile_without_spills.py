@@ -1,4 +1,4 @@
-"""cmake/CompileWithoutSpills.cmake with a compiler that only says what ptxas would: what stops a build and what does not."""
+"""cmake/CompileWithoutSpills.cmake with a compiler that only says what ptxas would: what stops a build."""
 
 from __future__ import annotations
 
