@@ -187,19 +187,22 @@ __global__ void __launch_bounds__(128) two_groups(const unsigned char* a_tile, f
   __syncthreads();
   const std::uint64_t a = ptx::descriptor(ptx::shared_address(s_memory), 16);
   const auto panel_step = [&](int step) { return a + step / 4 * (kM * kRowBytes >> 4) + step % 4 * 2; };
-  float first[32] = {};
-  float second[32] = {};
+  float first[32];
+  float second[32];
   ptx::keep(first);
-  ptx::keep(second);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kK / 16; ++step)
     ptx::Wgmma<64, Float16>::shared<0>(first, panel_step(step), panel_step(step), step > 0);
   ptx::wgmma_commit();
+  ptx::keep(first);
+  ptx::keep(second);
+  ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 2 * kK / 16; ++step)
-    ptx::Wgmma<64, Float16>::shared<0>(second, panel_step(step % 8), panel_step(step % 8), 1);
+    ptx::Wgmma<64, Float16>::shared<0>(second, panel_step(step % 8), panel_step(step % 8), step > 0);
   ptx::wgmma_commit();
+  ptx::keep(second);
   ptx::wgmma_wait<1>();
   ptx::keep(first);
 #pragma unroll
