@@ -6,9 +6,9 @@
     python bench/kernel_report.py build/ci --only sm90 --save report.json
 
 Registers, stack and static shared memory are cuobjdump's word for the machine code in the library (CUDA toolkit, or
-pip install nvidia-cuda-cuobjdump). Spilled registers are in the stack. For the Hopper kernels, which move registers from
-warpgroup to warpgroup and ask for shared memory at launch, a few lines of CUDA are compiled to read both from
-src/kernels/sm90, if nvcc is there.
+pip install nvidia-cuda-cuobjdump). Spilled registers are in the stack. Hopper kernels move registers from warpgroup to
+warpgroup and ask for shared memory at launch: a few lines of CUDA are compiled to read both from src/kernels/sm90, if
+nvcc is there.
 """
 
 from __future__ import annotations
