@@ -120,10 +120,20 @@ else()
   target_compile_options(flashcore_kernel_flags INTERFACE -Xfatbin=-compress-all)
 endif()
 
-# flashcore_add_kernels(<folder> ARCHS <archs…> SOURCES <files…>): one kernel folder, compiled for its own
-# architectures (a property of targets, not of files), becomes part of the library.
+# What ptxas makes of a kernel is its own affair from version to version: only with the one that the kernels were tuned
+# with is a spill an error for whoever builds. With others it is a warning.
+set(_strict OFF)
+if(FLASHCORE_WERROR OR CMAKE_CUDA_COMPILER_VERSION MATCHES "^13\\.0\\.")
+  set(_strict ON)
+endif()
+option(FLASHCORE_SPILLS_ARE_ERRORS "Fail the build where a kernel that must not spill registers does" ${_strict})
+
+# flashcore_add_kernels(<folder> ARCHS <archs…> SOURCES <files…> [NO_SPILLS] [SPILLS <pattern=bytes…>]): one kernel
+# folder, compiled for its own architectures (a property of targets, not of files), becomes part of the library.
+# NO_SPILLS: the build fails if a kernel spills or serialises products. SPILLS: kernels, by a pattern of their mangled
+# names, that are known to spill, and up to how much.
 function(flashcore_add_kernels folder)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHS;SOURCES")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "NO_SPILLS" "" "ARCHS;SOURCES;SPILLS")
   set(target flashcore_kernels_${folder})
   list(JOIN arg_ARCHS " " arch_words)
   add_library(${target} OBJECT ${arg_SOURCES})
@@ -141,4 +151,10 @@ function(flashcore_add_kernels folder)
     $<TARGET_PROPERTY:flashcore,INTERFACE_COMPILE_DEFINITIONS> "FLASHCORE_ARCH_LIST=\"${arch_words}\"")
   target_link_libraries(${target} PRIVATE flashcore_kernel_flags)
   target_sources(flashcore PRIVATE $<TARGET_OBJECTS:${target}>)
+  if(arg_NO_SPILLS)
+    list(JOIN arg_SPILLS "|" limits)
+    set(launcher ${CMAKE_COMMAND} -DSTRICT=${FLASHCORE_SPILLS_ARE_ERRORS} "-DLIMITS=${limits}"
+      -P ${PROJECT_SOURCE_DIR}/cmake/CompileWithoutSpills.cmake -- ${CMAKE_CUDA_COMPILER_LAUNCHER})
+    set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
+  endif()
 endfunction()

@@ -47,13 +47,13 @@ endfunction()
 # cuda.sanitizer (`ctest -L cuda` takes both, since it looks for parts of labels). Tests are found when ctest starts,
 # so that the device is that of the day.
 function(flashcore_discover_tests program)
-  set(large "*ReferenceShapes*:*SameBits*")
+  set(large "*ReferenceShapes*:*SameBits*:*OddSizes*")
   gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
     TEST_FILTER "-*cuda*:*Cuda*" PROPERTIES TIMEOUT 300)
   gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
     TEST_FILTER "*cuda*:*Cuda*:-${large}" PROPERTIES TIMEOUT 300 LABELS cuda.sanitizer)
   gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
-    TEST_FILTER "*ReferenceShapes*cuda*:*SameBits*cuda*" PROPERTIES TIMEOUT 300 LABELS cuda)
+    TEST_FILTER "*ReferenceShapes*cuda*:*SameBits*cuda*:*OddSizes*cuda*" PROPERTIES TIMEOUT 300 LABELS cuda)
 endfunction()
 
 # Installs the build into a prefix of its own, then configures, builds and runs install/ against it.

@@ -69,12 +69,20 @@ if [[ -f ${GTest_ROOT:-}/CMakeLists.txt ]]; then
 fi
 
 tests=$work/cmake/cpp_tests/flashcore_tests
-small='*cuda*:*Cuda*:-*ReferenceShapes*:*SameBits*'
+small='*cuda*:*Cuda*:-*ReferenceShapes*:*SameBits*:*OddSizes*'
+raced='*RowTest*cuda_*q130_k200*:*RowTest*cuda_sm90*q64_k257*:*RowTest*cuda_sm90*q150_k150*:CudaReduceTest.*'
 memcheck=(compute-sanitizer --tool memcheck --error-exitcode 99)
+racecheck=(compute-sanitizer --tool racecheck --error-exitcode 99)
+synccheck=(compute-sanitizer --tool synccheck --error-exitcode 99)
 if step build bash -c build_library; then
   step ctest ctest --test-dir "$work/cmake" --parallel "$(nproc)" --no-tests=error --output-on-failure \
     --output-junit "$work/ctest.xml"
   step ctest-memcheck "${memcheck[@]}" "$tests" --gtest_filter="$small" --gtest_output="xml:$work/ctest-memcheck.xml"
+  # Races in shared memory and misuse of barriers, on a few small shapes: every access is watched, which takes its time.
+  STEP_LIMIT=40 step ctest-racecheck "${racecheck[@]}" "$tests" --gtest_filter="$raced" \
+    --gtest_output="xml:$work/ctest-racecheck.xml"
+  STEP_LIMIT=20 step ctest-synccheck "${synccheck[@]}" "$tests" --gtest_filter="$raced:CudaBarrierTest.*" \
+    --gtest_output="xml:$work/ctest-synccheck.xml"
 fi
 if step install bash -c install_package; then
   step pytest "$python" -m pytest -q --junitxml="$work/pytest.xml"

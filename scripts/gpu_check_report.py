@@ -17,6 +17,9 @@ from pathlib import Path
 from gpu_check_current import RESULT, ROOT, sources_hash
 
 PACKAGES = {"torch": ["torch"], "cupy": ["cupy-cuda13x", "cupy-cuda12x", "cupy"], "jax": ["jax"], "numpy": ["numpy"]}
+# What compute-sanitizer's tools count, by their closing lines: memcheck's and synccheck's errors, racecheck's hazards.
+FINDINGS = {"memory_errors": r"ERROR SUMMARY: (\d+) error", "hazards": r"RACECHECK SUMMARY: (\d+) hazard"}
+TIMED_OUT = (124, 137)
 
 
 def output_of(*command: str) -> str:
@@ -63,7 +66,7 @@ def read_tests(junit: Path) -> dict | None:
 
 
 def read_steps(work: Path) -> list[dict]:
-    """One entry per step, in the order they ran: name, ok, seconds, tests, and memory errors under the sanitizer."""
+    """One entry per step, in the order they ran: name, ok, seconds, tests, and what the sanitizer counted."""
     steps = []
     for line in (work / "steps.tsv").read_text().splitlines():
         name, status, seconds = line.split("\t")
@@ -72,21 +75,24 @@ def read_steps(work: Path) -> list[dict]:
         if tests is not None:
             step["tests"] = tests
             step["ok"] = step["ok"] and tests["passed"] > 0  # a filter that matches nothing proves nothing
-        errors = re.findall(r"ERROR SUMMARY: (\d+) error", (work / f"{name}.log").read_text(errors="replace"))
-        if errors:
-            step["memory_errors"] = sum(map(int, errors))
+        log = (work / f"{name}.log").read_text(errors="replace")
+        for found, pattern in FINDINGS.items():
+            if counts := re.findall(pattern, log):
+                step[found] = sum(map(int, counts))
+                step["ok"] = step["ok"] and step[found] == 0
         steps.append(step)
     return steps
 
 
 def print_table(report: dict) -> None:
     print(f"\n{report['gpu']}, driver {report['driver']}, CUDA {report['cuda_runtime']}, nvcc {report['nvcc']}")
-    print(f"{'step':<20} {'':<6} {'passed':>7} {'failed':>7} {'skipped':>7} {'memory errors':>14} {'seconds':>8}")
+    print(f"{'step':<20} {'':<6} {'passed':>7} {'failed':>7} {'skipped':>7} {'found':>6} {'seconds':>8}")
     for step in report["steps"]:
         tests = step.get("tests", {})
         counts = " ".join(f"{tests.get(k, ''):>7}" for k in ("passed", "failed", "skipped"))
-        verdict = "ok" if step["ok"] else "FAILED"
-        print(f"{step['name']:<20} {verdict:<6} {counts} {step.get('memory_errors', ''):>14} {step['seconds']:>8}")
+        verdict = "ok" if step["ok"] else "TIME" if step["exit_status"] in TIMED_OUT else "FAILED"
+        found = sum(step[name] for name in FINDINGS if name in step) if FINDINGS.keys() & step.keys() else ""
+        print(f"{step['name']:<20} {verdict:<6} {counts} {found:>6} {step['seconds']:>8}")
     for step in report["steps"]:
         for name in step.get("tests", {}).get("failures", []):
             print(f"failed: {step['name']}: {name}")

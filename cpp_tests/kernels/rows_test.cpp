@@ -2,13 +2,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <ostream>
 
 #include "../support/attention_case.h"
 #include "../support/bounds.h"
 #include "case_lines.h"
+#include "each_row.h"
 #include "registry.h"
 
 namespace flashcore::testing {
@@ -55,12 +55,6 @@ std::vector<RowCase> all_row_cases() {
   return cases;
 }
 
-std::string as_test_name(std::string text) {
-  for (char& c : text)
-    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return text;
-}
-
 std::string name_of_case(const ::testing::TestParamInfo<RowCase>& info) {
   return as_test_name(std::string(info.param.row->name) + "__" + info.param.line);
 }
@@ -92,25 +86,6 @@ TEST_P(RowTest, AgreesWithTheOracle) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Rows, RowTest, ::testing::ValuesIn(all_row_cases()), name_of_case);
-
-struct Row {
-  const Kernel* row;
-  Device device;
-};
-
-std::ostream& operator<<(std::ostream& os, const Row& r) { return os << r.row->name; }
-
-std::vector<Row> rows_of(unsigned phases) {
-  std::vector<Row> rows;
-  for (const Device device : test_devices())
-    for (const Kernel* row : detail::kernels_of(device.type))
-      if (row->phases & phases) rows.push_back({row, device});
-  return rows;
-}
-
-std::string name_of_row(const ::testing::TestParamInfo<Row>& info) {
-  return as_test_name(info.param.row->name) + "_" + std::to_string(info.index);
-}
 
 class EachRow : public ::testing::TestWithParam<Row> {
  protected:

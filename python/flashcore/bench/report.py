@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .compare import FASTER, SLOWER, Change
-from .results import OURS, Data
+from .results import OURS, Data, error_ratio, is_too_inexact
 
 WIDE = 150
 STYLES = {SLOWER: "bold red", FASTER: "green"}
@@ -102,6 +102,9 @@ def notes(data: Data) -> list[str]:
     every = [result for entry in data["cases"] for result in entry["results"].values()]
     if not all(was_recorded(result, data) for result in every):
         lines.append("* cannot be recorded as a CUDA graph: its calls are queued one by one, host time may count")
+    for entry in data["cases"]:
+        if is_too_inexact(entry):
+            lines.append(f"{entry['line']}: error {error_ratio(entry):.2f} times that of the most exact library")
     ratios = [entry["ratio_to_best_peer"] for entry in data["cases"] if entry.get("ratio_to_best_peer")]
     if ratios:
         behind = sum(ratio < 1 for ratio in ratios)

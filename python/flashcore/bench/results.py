@@ -11,11 +11,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from .cases import parse
 
 OURS = "flashcore"
+ERROR_LIMIT = 1.2
 #: what has to agree for a file to be gone on with
 IDENTITY = ("device", "gpu", "processor", "driver", "flashcore", "torch", "jax", "git_sha", "isa")
 COLUMNS = tuple(
@@ -74,6 +75,20 @@ def add_rates(data: Data) -> None:
             result["gbs"] = case.bytes / result["us"] / 1e3
             result["share_matmul"] = result["tflops"] / most if most else None
             result["share_copy"] = result["gbs"] / ceilings["copy_gbs"] if ceilings["copy_gbs"] else None
+
+
+def error_ratio(entry: Data) -> Optional[float]:
+    """Our error over that of the most exact other library; None where either is not known."""
+    errors = {name: result.get("error") for name, result in entry["results"].items()}
+    ours = errors.pop(OURS, None)
+    others = [error for name, error in errors.items() if error and error == error and not name.startswith(OURS)]
+    return None if ours is None or not others else ours / min(others)
+
+
+def is_too_inexact(entry: Data) -> bool:
+    """More than 1.2 times the error of the most exact other library, or NaN where that has none."""
+    ratio = error_ratio(entry)
+    return ratio is not None and not ratio <= ERROR_LIMIT
 
 
 def rows(data: Data) -> Iterator[Data]:

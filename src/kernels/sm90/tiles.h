@@ -34,7 +34,7 @@ constexpr FwdTile fwd_tile(int head_dim, bool general) {
   // D128: own output staging and two query buffers gave 3–4 % over reusing them; wider key blocks lost 4–9 %.
   if (head_dim <= 128) return {128, 128, 2, 2, true, true, 40, 232};
   if (head_dim <= 192) return {128, general ? 96 : 112, 2, 1, false, true, 40, 232};
-  if (general) return {128, 64, 2, 1, false, true, 24, 240};
+  if (general) return {128, 64, 2, 1, false, true, 40, 232};
   // D256: 80 keys are what shared memory holds beside 128 queries.
   return {128, 80, 2, 1, false, true, 40, 232};
 }

@@ -1,0 +1,73 @@
+# Runs a CUDA compiler and fails if ptxas spilled registers, or ran products one after the other (C7510 and its family).
+#
+#   cmake -D STRICT=ON -D "LIMITS=PATTERN=BYTES|…" -P CompileWithoutSpills.cmake -- nvcc … -o OBJECT
+#
+# It stands before nvcc as its launcher. A kernel may have no stack frame and no spills, but one whose mangled name
+# matches PATTERN may have up to BYTES of each. With STRICT off a violation is a warning. Device debug code (-G) spills
+# by its nature and is let through.
+cmake_minimum_required(VERSION 3.25)
+
+set(command "")
+set(object "")
+set(after_dashes FALSE)
+math(EXPR last "${CMAKE_ARGC} - 1")
+foreach(n RANGE ${last})
+  set(word "${CMAKE_ARGV${n}}")
+  if(after_dashes)
+    if("${previous}" STREQUAL "-o")
+      set(object "${word}")
+    endif()
+    set(previous "${word}")
+    string(REPLACE ";" "\\;" word "${word}")
+    list(APPEND command "${word}")
+  elseif("${word}" STREQUAL "--")
+    set(after_dashes TRUE)
+  endif()
+endforeach()
+
+execute_process(COMMAND ${command} -Xptxas=-v RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
+
+set(violations "")
+if(NOT "-G" IN_LIST command AND NOT "--device-debug" IN_LIST command)
+  string(REGEX MATCHALL "\\(C75[0-9][0-9]\\)[^\n]*" violations "${output}")
+  string(REPLACE "|" ";" limits "${LIMITS}")
+  set(usage "([0-9]+) bytes stack frame, ([0-9]+) bytes spill stores, ([0-9]+) bytes spill loads")
+  string(REGEX MATCHALL "Function properties for [^\n]+\n *${usage}" functions "${output}")
+  foreach(function IN LISTS functions)
+    string(REGEX MATCH "for ([^\n]+)\n *${usage}" _ "${function}")
+    set(name "${CMAKE_MATCH_1}")
+    set(bytes ${CMAKE_MATCH_2} ${CMAKE_MATCH_3} ${CMAKE_MATCH_4})
+    list(JOIN bytes ", " words)
+    set(allowed 0)
+    foreach(limit IN LISTS limits)
+      string(REGEX MATCH "^(.*)=([0-9]+)$" _ "${limit}")
+      set(limit_bytes "${CMAKE_MATCH_2}")
+      if("${name}" MATCHES "${CMAKE_MATCH_1}")
+        set(allowed "${limit_bytes}")
+      endif()
+    endforeach()
+    list(SORT bytes COMPARE NATURAL ORDER DESCENDING)
+    list(GET bytes 0 most)
+    if(most GREATER allowed)
+      list(APPEND violations "${name}: ${words} bytes of stack frame, spill stores, spill loads (allowed: ${allowed})")
+    endif()
+  endforeach()
+endif()
+
+# What is left when ptxas's statistics are taken out.
+string(REGEX REPLACE "ptxas info[^\n]*\n|[^\n]*bytes stack frame[^\n]*\n" "" words "${output}")
+string(STRIP "${words}" words)
+if(words)
+  message(NOTICE "${words}")
+endif()
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "the CUDA compiler failed (${status})")
+endif()
+if(violations)
+  list(JOIN violations "\n  " words)
+  if(STRICT)
+    file(REMOVE "${object}")  # make would take it for current
+    message(FATAL_ERROR "kernels that must not spill or wait:\n  ${words}")
+  endif()
+  message(WARNING "kernels that should not spill or wait:\n  ${words}")
+endif()
