@@ -1,0 +1,16 @@
+"""flashcore for torch: attention that torch can differentiate, compile, export, batch and capture.
+
+`attention`, `attention_varlen`, `attention_decode` and `merge_states` are those of `flashcore`, with gradients.
+"""
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("flashcore.torch needs PyTorch: pip install torch") from error
+
+if not hasattr(torch.library, "register_vmap"):
+    raise ImportError(f"flashcore.torch needs PyTorch 2.5 or newer, this is {torch.__version__}: pip install -U torch")
+
+from .functional import attention, attention_decode, attention_varlen, merge_states
+
+__all__ = ["attention", "attention_decode", "attention_varlen", "merge_states"]
