@@ -59,9 +59,7 @@ class PositionMask(torch.Tensor):
     window: Optional[tuple[int, None]]
 
     @staticmethod
-    def __new__(
-        cls, shape: tuple[int, int, int, int], causal: str, left: Optional[int], device: Any
-    ) -> PositionMask:
+    def __new__(cls, shape: tuple[int, int, int, int], causal: str, left: Optional[int], device: Any) -> PositionMask:
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore
         mask.causal = causal
         mask.window = None if left is None else (left, None)
@@ -131,7 +129,9 @@ def _is_window(local_size: Optional[int], config: Any) -> bool:
     """Whether local_size, if any, is a sliding window; chunks are given by the same name."""
     if local_size is None:
         return True
-    return local_size == getattr(config, "sliding_window", None) and getattr(config, "attention_chunk_size", None) is None
+    return (
+        local_size == getattr(config, "sliding_window", None) and getattr(config, "attention_chunk_size", None) is None
+    )
 
 
 def _alignment(q_length: int, kv_length: int, q_offset: Any, kv_offset: Any) -> Optional[str]:
@@ -193,13 +193,13 @@ def attention_forward(
         )
     if cache is not None:
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=others)
-    query, key, value = (x.transpose(1, 2) for x in _one_dtype(query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     words: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap or 0.0,
         "dropout_p": dropout,
-        "sinks": None if s_aux is None else s_aux.to(query.dtype),
+        "sinks": _added(s_aux, query),
     }
     if others.get("cu_seq_lens_q") is not None:
         return _packed(query, key, value, causal, sliding_window, others, words), None
@@ -212,10 +212,7 @@ def attention_forward(
         words["mask"] = attention_mask
     else:
         position_bias = attention_mask if position_bias is None else position_bias + attention_mask
-    if position_bias is not None:
-        wide = position_bias.dtype in (query.dtype, torch.float32)
-        words["bias"] = position_bias if wide else position_bias.to(query.dtype)
-    return attention(query, key, value, layout="bshd", **words), None
+    return attention(query, key, value, layout="bshd", bias=_added(position_bias, query), **words), None
 
 
 def _packed(
@@ -242,14 +239,11 @@ def _packed(
     ).unflatten(0, query.shape[:2])
 
 
-def _one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Under autocast, and where a rotary embedding has widened only some: the dtype that all are to have."""
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = tensors[-1].dtype  # the values: nothing but their projection touches them
-    return [tensor.to(dtype) for tensor in tensors]
+def _added(scores: Optional[torch.Tensor], query: torch.Tensor) -> Optional[torch.Tensor]:
+    """What is added to scores, in a dtype that goes with the query's."""
+    if scores is None or scores.dtype in (query.dtype, torch.float32):
+        return scores
+    return scores.to(query.dtype)
 
 
 # ---- names with "flash" in them ------------------------------------------------------------------------------------

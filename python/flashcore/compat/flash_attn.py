@@ -366,11 +366,11 @@ def _refuse_gradients(name: str, *tensors: Optional[Tensor]) -> None:
 
 def _rotate(x: Tensor, start: Tensor, moving: bool, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotary embedding of x (batch, seqlen, heads, head_dim) at positions start + i, or all at start."""
-    steps = torch.arange(x.shape[1], device=x.device) if moving else torch.zeros_like(x[0, :, 0, 0], dtype=torch.long)
-    positions = start[:, None] + steps
+    positions = start[:, None] + torch.arange(x.shape[1], device=x.device) * moving
     half = cos.shape[1]
-    cos, sin = (table[positions][:, :, None].float() for table in (cos, sin))
-    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (table[positions][:, :, None].to(dtype) for table in (cos, sin))
+    turned, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
     pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
     first, second = pairs.unbind(-1)
     pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
