@@ -12,5 +12,15 @@ if not hasattr(torch.library, "register_vmap"):
     raise ImportError(f"flashcore.torch needs PyTorch 2.5 or newer, this is {torch.__version__}: pip install -U torch")
 
 from .functional import attention, attention_decode, attention_varlen, merge_states
+from .sdpa import install, installed, scaled_dot_product_attention, uninstall
 
-__all__ = ["attention", "attention_decode", "attention_varlen", "merge_states"]
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "install",
+    "installed",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "uninstall",
+]

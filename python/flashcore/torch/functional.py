@@ -232,7 +232,7 @@ def merge_states(
     _require_tensors(("out_a", "lse_a", "out_b", "lse_b", "out", "lse"), given)
     _refuse_out(out, lse)
     _refuse_tangents(given)
-    return MergeStates.apply(out_a, lse_a, out_b, lse_b, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return MergeStates.apply(*_distinct(given[:4]), layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # ---- the roads -------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def _attend(
     _refuse_tangents(tensors)
     drawn_seed = _draw_seed() if seed is None and dropout_p > 0 else None
     spoken = ops.words(layout, causal, window, scale, softcap, dropout_p, seed or 0, deterministic, kernel)
-    results = Attention.apply(*tensors, drawn_seed, *spoken, *bounds, return_lse)  # type: ignore[no-untyped-call]
+    results = Attention.apply(*_distinct(tensors), drawn_seed, *spoken, *bounds, return_lse)  # type: ignore[no-untyped-call]
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
@@ -285,6 +285,17 @@ def _is_eager(tensors: tuple[Optional[Tensor], ...]) -> bool:
         or tensors[0] is None
         or tensors[0].is_meta
     )
+
+
+def _distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
+    """torch.compile takes no tensor twice among the inputs of an autograd Function: views of it stand in."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    distinct: list[Optional[Tensor]] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in distinct)
+        distinct.append(tensor.view_as(tensor) if again else tensor)  # type: ignore[union-attr]
+    return tuple(distinct)
 
 
 def _any_grad(tensors: tuple[Optional[Tensor], ...]) -> bool:
