@@ -46,7 +46,7 @@ class KVCache:
         self.used += tokens
 
     def truncate(self, seqlens: Tensor) -> None:
-        """Forgets all but the first seqlens[b] tokens of sequence b: the padding behind prompts of different lengths."""
+        """Forgets all but the first seqlens[b] tokens of sequence b: padding behind prompts of different lengths."""
         torch.minimum(self.seqlens, seqlens.to(self.seqlens), out=self.seqlens)
 
     def reset(self) -> None:

@@ -311,8 +311,27 @@ def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str) -
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
+# ---- what a decode step does where a gradient would be recorded: attention has gradients, the cache has none ---------
+
+
+def _without_gradient(operator: Any) -> Any:
+    def call(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            raise RuntimeError(
+                "attention_decode has no gradient inside vmap or with new keys, but an input requires one; call it "
+                "under torch.no_grad(), or train with flashcore.torch.attention"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
+
+
 attention_forward = torch.ops.flashcore.attention_forward.default
 attention_backward = torch.ops.flashcore.attention_backward.default
 attention_decode = torch.ops.flashcore.attention_decode.default
 attention_append = torch.ops.flashcore.attention_append.default
 merge_states = torch.ops.flashcore.merge_states.default
+
+library.impl("attention_decode", _without_gradient(attention_decode), "Autograd")
+library.impl("attention_append", _without_gradient(attention_append), "Autograd")
