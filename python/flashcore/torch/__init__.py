@@ -1,6 +1,7 @@
 """flashcore for torch: attention that torch can differentiate, compile, export, batch and capture.
 
 `attention`, `attention_varlen`, `attention_decode` and `merge_states` are those of `flashcore`, with gradients.
+`scaled_dot_product_attention` is torch's function; `install` puts it in its place. `MultiheadAttention` is a layer.
 """
 
 try:
@@ -12,5 +13,18 @@ if not hasattr(torch.library, "register_vmap"):
     raise ImportError(f"flashcore.torch needs PyTorch 2.5 or newer, this is {torch.__version__}: pip install -U torch")
 
 from .functional import attention, attention_decode, attention_varlen, merge_states
+from .modules import KVCache, MultiheadAttention
+from .sdpa import install, installed, scaled_dot_product_attention, uninstall
 
-__all__ = ["attention", "attention_decode", "attention_varlen", "merge_states"]
+__all__ = [
+    "KVCache",
+    "MultiheadAttention",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "install",
+    "installed",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "uninstall",
+]

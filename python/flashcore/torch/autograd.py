@@ -6,6 +6,7 @@ in plain Python: without operators in between, a call costs a quarter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import Parameter, Signature
 from typing import Any, NoReturn, Optional
 
@@ -29,6 +30,13 @@ def _placed(grads: tuple[Any, ...], wanted: tuple[bool, ...], count: int) -> tup
     for i, gradient, want in zip(DIFFERENTIABLE, grads, wanted, strict=True):
         placed[i] = gradient if want else None
     return tuple(placed)
+
+
+def refuse_constants(needs: Sequence[bool]) -> None:
+    """An error, and not a silent zero, where one of TENSORS requires a gradient that there is none of."""
+    for i, name in enumerate(TENSORS):
+        if needs[i] and i not in DIFFERENTIABLE:
+            raise RuntimeError(f"{name} requires a gradient, but attention has none for it; pass {name}.detach()")
 
 
 class _Final(torch.autograd.Function):
@@ -73,6 +81,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
         *inputs, out, lse = ctx.saved_tensors
         wanted = _wanted(ctx.needs_input_grad)
+        refuse_constants(ctx.needs_input_grad)
         call = ops.attention_backward
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             call = _Gradients.apply
@@ -88,11 +97,16 @@ Attention.forward.__signature__ = Signature(  # type: ignore[attr-defined]
 
 
 class EagerAttention(torch.autograd.Function):
-    """(call, the tensors of TENSORS) -> (out, lse); call is (options, layout, bounds, whether lse has a gradient)."""
+    """(call, constants, q, k, v, bias, sinks) -> (out, lse).
+
+    call is (options, layout, bounds, whether lse has a gradient); constants are the other tensors of TENSORS in order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: Any, *tensors: Any) -> Any:
+    def forward(ctx: Any, call: Any, constants: Any, q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
         options, layout, bounds, lse_used = call
+        mask, alibi_slopes, *others = constants
+        tensors = (q, k, v, mask, bias, alibi_slopes, sinks, *others)
         out, lse = ops.forward(tensors, options, layout, bounds, True)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.call = call
@@ -103,13 +117,10 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[1:]
         if dout is None and dlse is None:
-            return (None,) * (1 + _COUNT)
-        wanted = _wanted(needs)
+            return (None,) * 7
         differentiate = _EagerGradients.apply if torch.is_grad_enabled() else _eager_gradients
-        grads = differentiate(ctx.call, wanted, dout, dlse, *ctx.saved_tensors)
-        return None, *_placed(grads, wanted, _COUNT)
+        return None, None, *differentiate(ctx.call, ctx.needs_input_grad[2:], dout, dlse, *ctx.saved_tensors)
 
 
 def _eager_gradients(call: Any, wanted: Any, dout: Any, dlse: Any, *saved: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from ..attention import _bound
 from ..interop import LazyNegation, qualified
 from ..options import Causal, Layout, Window, convert
 from . import batching, ops  # noqa: F401  (batching registers its rules)
-from .autograd import Attention, EagerAttention, MergeStates
+from .autograd import Attention, EagerAttention, MergeStates, refuse_constants
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _UNKNOWN = (-1, -1)
@@ -183,13 +183,16 @@ def attention_decode(
     )
     given = (*tensors, k_cache, v_cache, out, lse)
     words = (layout, causal, window, scale, softcap, 0.0, 0, False, kernel)
+    eager = _is_eager(given)
+    if not eager:
+        _require_tensors((*ops.DECODE_TENSORS, "k_cache", "v_cache", "out", "lse"), given)
     if torch.is_grad_enabled() and _any_grad(given):
         _refuse_inference_only(tensors)
         if causal == "top_left":
             raise ValueError("decode is causal bottom-right; top_left was given")
         as_forward = (q, k_cache, v_cache, *tensors[7:], None, None, cache_seqlens)
         return _attend(as_forward, (*words[:6], 0, None, kernel), _UNKNOWN, return_lse, out, lse)
-    if _is_eager(given):
+    if eager:
         try:
             options = convert(*words)
             return _result(
@@ -199,7 +202,6 @@ def attention_decode(
             )
         except LazyNegation:
             pass
-    _require_tensors((*ops.DECODE_TENSORS, "k_cache", "v_cache", "out", "lse"), given)
     _refuse_out(out, lse)
     _refuse_tangents(given)
     call = ops.attention_decode if k_new is None and v_new is None else ops.attention_append
@@ -223,16 +225,17 @@ def merge_states(
     recorded. Where neither state saw a key, the gradients are 0. Differentiating twice raises RuntimeError.
     """
     given = (out_a, lse_a, out_b, lse_b, out, lse)
-    records = torch.is_grad_enabled() and _any_grad(given)
-    if not records and _is_eager(given):
+    eager = _is_eager(given)
+    if not eager:
+        _require_tensors(("out_a", "lse_a", "out_b", "lse_b", "out", "lse"), given)
+    if eager and not (torch.is_grad_enabled() and _any_grad(given)):
         try:
             return ops.merge(given[:4], layout, out, lse)
         except LazyNegation:
             pass
-    _require_tensors(("out_a", "lse_a", "out_b", "lse_b", "out", "lse"), given)
     _refuse_out(out, lse)
     _refuse_tangents(given)
-    return MergeStates.apply(out_a, lse_a, out_b, lse_b, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return MergeStates.apply(*_distinct(given[:4]), layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # ---- the roads -------------------------------------------------------------------------------------------------------
@@ -258,10 +261,7 @@ def _attend(
         try:
             if torch.is_grad_enabled() and _any_grad(tensors):
                 _refuse_out(out, lse)
-                results = EagerAttention.apply(  # type: ignore[no-untyped-call]
-                    (options, layout, bounds, return_lse), *tensors
-                )
-                return results if return_lse else results[0]  # type: ignore[no-any-return]
+                return _recorded(tensors, options, layout, bounds, return_lse)
             return _result(*ops.forward(tensors, options, layout, bounds, return_lse, out, lse))
         except LazyNegation:
             seed = drawn
@@ -270,7 +270,17 @@ def _attend(
     _refuse_tangents(tensors)
     drawn_seed = _draw_seed() if seed is None and dropout_p > 0 else None
     spoken = ops.words(layout, causal, window, scale, softcap, dropout_p, seed or 0, deterministic, kernel)
-    results = Attention.apply(*tensors, drawn_seed, *spoken, *bounds, return_lse)  # type: ignore[no-untyped-call]
+    results = Attention.apply(*_distinct(tensors), drawn_seed, *spoken, *bounds, return_lse)  # type: ignore[no-untyped-call]
+    return results if return_lse else results[0]  # type: ignore[no-any-return]
+
+
+def _recorded(tensors: Any, options: Any, layout: str, bounds: tuple[int, int], return_lse: bool) -> _Result:
+    q, k, v, mask, bias, alibi_slopes, sinks, *others = tensors
+    constants = (mask, alibi_slopes, *others)
+    if _any_grad(constants):
+        refuse_constants([x is not None and x.requires_grad for x in tensors])
+    call = (options, layout, bounds, return_lse)
+    results = EagerAttention.apply(call, constants, q, k, v, bias, sinks)  # type: ignore[no-untyped-call]
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
@@ -285,6 +295,17 @@ def _is_eager(tensors: tuple[Optional[Tensor], ...]) -> bool:
         or tensors[0] is None
         or tensors[0].is_meta
     )
+
+
+def _distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
+    """torch.compile takes no tensor twice among the inputs of an autograd Function: views of it stand in."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    distinct: list[Optional[Tensor]] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in distinct)
+        distinct.append(tensor.view_as(tensor) if again else tensor)  # type: ignore[union-attr]
+    return tuple(distinct)
 
 
 def _any_grad(tensors: tuple[Optional[Tensor], ...]) -> bool:

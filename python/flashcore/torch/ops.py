@@ -232,28 +232,27 @@ def split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, Words, tupl
     return arguments[:_COUNT], arguments[_COUNT], Words(*arguments[_COUNT + 1 : -2]), arguments[-2:]  # type: ignore[return-value]
 
 
-def _dense(tensors: tuple[Any, ...], places: tuple[int, ...]) -> tuple[Any, ...]:
-    """A compiler chooses strides as it likes."""
-    return tuple(dense_rows(x) if i in places and x is not None else x for i, x in enumerate(tensors))
+# A compiler chooses strides as it likes: rows are made dense here.
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Any]:
-    tensors, drawn_seed, spoken, bounds = split(arguments)
-    return forward(_dense(tensors, (0, 1, 2)), spoken.options(drawn_seed), spoken.layout, bounds, True)
+    (q, k, v, *others), drawn_seed, spoken, bounds = split(arguments)
+    tensors = (dense_rows(q), dense_rows(k), dense_rows(v), *others)
+    return forward(tensors, spoken.options(drawn_seed), spoken.layout, bounds, True)
 
 
 def _backward(dout: Any, dlse: Any, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     before, wanted = arguments[: _COUNT + 1], arguments[_COUNT + 1]
-    tensors, drawn_seed, spoken, bounds = split((*before, *arguments[_COUNT + 2 :]))
-    options = spoken.options(drawn_seed)
-    grads = backward((dout, dlse), (dense_rows(out), lse), _dense(tensors, (0, 1, 2)), wanted, options, bounds)
+    (q, k, v, *others), drawn_seed, spoken, bounds = split((*before, *arguments[_COUNT + 2 :]))
+    tensors = (dense_rows(q), dense_rows(k), dense_rows(v), *others)
+    grads = backward((dout, dlse), (dense_rows(out), lse), tensors, wanted, spoken.options(drawn_seed), bounds)
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in grads)
 
 
 def _decode(k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
     count = len(DECODE_TENSORS)
-    tensors, interleaved, spoken = arguments[:count], arguments[count], Words(*arguments[count + 1 :])
-    tensors = _dense(tensors, (0, 3, 4))
+    interleaved, spoken = arguments[count], Words(*arguments[count + 1 :])
+    tensors = tuple([dense_rows(x) if i in (0, 3, 4) and x is not None else x for i, x in enumerate(arguments[:count])])
     return decode(tensors, (k_cache, v_cache), interleaved, spoken.options(), spoken.layout, True)
 
 
@@ -311,8 +310,27 @@ def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str) -
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
+# ---- what a decode step does where a gradient would be recorded: attention has gradients, the cache has none ---------
+
+
+def _without_gradient(operator: Any) -> Any:
+    def call(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            raise RuntimeError(
+                "attention_decode has no gradient inside vmap or with new keys, but an input requires one; call it "
+                "under torch.no_grad(), or train with flashcore.torch.attention"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
+
+
 attention_forward = torch.ops.flashcore.attention_forward.default
 attention_backward = torch.ops.flashcore.attention_backward.default
 attention_decode = torch.ops.flashcore.attention_decode.default
 attention_append = torch.ops.flashcore.attention_append.default
 merge_states = torch.ops.flashcore.merge_states.default
+
+library.impl("attention_decode", _without_gradient(attention_decode), "Autograd")
+library.impl("attention_append", _without_gradient(attention_append), "Autograd")
