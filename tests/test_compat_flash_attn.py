@@ -178,6 +178,15 @@ def test_deterministic_gradients_are_the_same_bits(normal):
     assert all(map(torch.equal, *runs))
 
 
+def test_compiled_as_one_graph(normal):
+    q, k, v = (normal(1, 6, 2, 8, grad=True) for _ in range(3))
+    compiled = torch.compile(fa.flash_attn_func, fullgraph=True, backend="aot_eager")
+    out, plain = (call(q, k, v, causal=True, window_size=(2, 0)) for call in (compiled, fa.flash_attn_func))
+    close(out, plain, **EXACT)
+    for mine, true in zip(gradients(out, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
+        close(mine, true, **EXACT)
+
+
 # ---- packed sequences ------------------------------------------------------------------------------------------------
 
 ROWS_Q, ROWS_K = [0, 4, 4, 9], [0, 6, 9, 12]  # one sequence without queries, one with more queries than keys

@@ -11,21 +11,17 @@ import pytest
 PAGES = sorted((Path(__file__).resolve().parent.parent / "docs").glob("*.md"))
 
 
-def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+NEEDED = re.compile(r"^(?:import|from) (?:flashcore\.)?(torch|jax|cupy|transformers)\b", flags=re.MULTILINE)
 
 
-SHOWN = [(page, n, block) for page in PAGES for n, block in enumerate(blocks(page))]
-
-
-@pytest.mark.parametrize("block", [pytest.param(b, id=f"{page.stem}-{n}") for page, n, b in SHOWN])
-def test_python_runs(block, tmp_path):
-    for module in set(re.findall(r"^(?:import|from) (torch|jax|cupy|transformers)\b", block, flags=re.MULTILINE)):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_runs_from_top_to_bottom(page, tmp_path):
+    program = "\n".join(PYTHON.findall(page.read_text(encoding="utf-8")))
+    for module in NEEDED.findall(program):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    if "torch" not in block and "flashcore.compat" in block and importlib.util.find_spec("torch") is None:
-        pytest.skip("torch is not installed")
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

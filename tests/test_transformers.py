@@ -148,12 +148,38 @@ def test_under_autocast(place):
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05 * expected.float().std().item())
 
 
-def test_compiled_as_one_graph(place):
-    eager, ours = models("llama", place, "eager", "flashcore")
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_compiled_as_one_graph(padded, place):
+    eager, ours = models("mistral, window", place, "eager", "flashcore")
+    ids, padding = tokens(place)
+    given = {"attention_mask": padding} if padded else {}
+    with torch.no_grad():
+        out = torch.compile(ours, fullgraph=True, backend="aot_eager")(ids, **given).logits
+        expected = eager(ids, **given).logits
+    kept = padding.bool() if padded else ...
+    torch.testing.assert_close(out[kept], expected[kept], **TOLERANCE)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, place):
+    """Layers run again in the backward pass, with the same mask."""
+    plain, saving = models("mistral, window", place, "flashcore", "flashcore")
+    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids, _ = tokens(place)
+    for model in (plain, saving):
+        model.train()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for mine, true in zip(saving.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, true.grad)
+
+
+def test_a_loaded_model_is_switched(place):
+    eager, ours = models("mistral, window", place, "eager", "eager")
+    ours.set_attn_implementation("flashcore")
+    assert ours.config._attn_implementation == "flashcore"
     ids, _ = tokens(place)
     with torch.no_grad():
-        out = torch.compile(ours, fullgraph=True, backend="aot_eager")(ids).logits
-        torch.testing.assert_close(out, eager(ids).logits, **TOLERANCE)
+        torch.testing.assert_close(ours(ids).logits, eager(ids).logits, **TOLERANCE)
 
 
 def test_dropout_belongs_to_training(place):
