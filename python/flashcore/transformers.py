@@ -60,10 +60,10 @@ class PositionMask(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, int, int, int], causal: str, left: Optional[int], device: Any) -> PositionMask:
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.causal = causal
         mask.window = None if left is None else (left, None)
-        return mask  # type: ignore[no-any-return]
+        return mask
 
     def written_out(self) -> torch.Tensor:
         """The same mask as an ordinary tensor."""
@@ -79,7 +79,7 @@ class PositionMask(torch.Tensor):
         return f"PositionMask({tuple(self.shape)}, causal={self.causal!r}, window={self.window})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.written_out, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -110,7 +110,7 @@ def attention_mask(
                 return None
             left = None if local_size is None else local_size - 1
             return PositionMask((batch_size, 1, q_length, kv_length), alignment, left, device)
-    return sdpa_mask(  # type: ignore[no-any-return]
+    return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -212,7 +212,8 @@ def attention_forward(
         words["mask"] = attention_mask
     else:
         position_bias = attention_mask if position_bias is None else position_bias + attention_mask
-    return attention(query, key, value, layout="bshd", bias=_added(position_bias, query), **words), None
+    out: Any = attention(query, key, value, layout="bshd", bias=_added(position_bias, query), **words)
+    return out, None
 
 
 def _packed(
@@ -227,8 +228,10 @@ def _packed(
     """Sequences one after the other in one row: (1, tokens, heads, head_dim)."""
     if lengths.get("block_table") is not None:
         raise ValueError("block_table given; flashcore's attention function takes keys and values that are in order")
-    return attention_varlen(  # type: ignore[no-any-return, union-attr]
-        *(x.flatten(0, 1) for x in (query, key, value)),
+    out: Any = attention_varlen(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
         lengths["cu_seq_lens_q"].to(torch.int32),
         lengths["cu_seq_lens_k"].to(torch.int32),
         max_seqlen_q=lengths.get("max_length_q"),
@@ -236,7 +239,8 @@ def _packed(
         causal="bottom_right" if causal else False,
         window=(sliding_window - 1, None) if causal and sliding_window else None,
         **words,
-    ).unflatten(0, query.shape[:2])
+    )
+    return out.unflatten(0, query.shape[:2])  # type: ignore[no-any-return]
 
 
 def _added(scores: Optional[torch.Tensor], query: torch.Tensor) -> Optional[torch.Tensor]:

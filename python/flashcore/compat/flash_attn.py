@@ -65,7 +65,9 @@ def flash_attn_func(
     heads_q is a multiple of heads_k. Returns out like q, with return_attn_probs (out, lse, empty).
     """
     result = attention(
-        *map(_dense_rows, (q, k, v)),
+        _dense_rows(q),
+        _dense_rows(k),
+        _dense_rows(v),
         layout="bshd",
         dropout_p=dropout_p,
         deterministic=deterministic or None,
@@ -88,9 +90,11 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> _Result:
     """`flash_attn_func` with keys and values in one tensor kv (batch, seqlen_k, 2, heads_k, head_dim)."""
+    k, v = _unpacked("kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
     return flash_attn_func(
         q,
-        *_unpacked("kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)"),
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -114,8 +118,11 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> _Result:
     """`flash_attn_func` with all three in one tensor qkv (batch, seqlen, 3, heads, head_dim)."""
+    q, k, v = _unpacked("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
     return flash_attn_func(
-        *_unpacked("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)"),
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -163,7 +170,9 @@ def flash_attn_varlen_func(
         result = (out, lse) if return_attn_probs else out
     else:
         result = attention_varlen(
-            *map(_dense_rows, (q, k, v)),
+            _dense_rows(q),
+            _dense_rows(k),
+            _dense_rows(v),
             cu_seqlens_q,
             cu_seqlens_k,
             max_seqlen_q=max_seqlen_q,
@@ -193,9 +202,11 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> _Result:
     """`flash_attn_varlen_func` with keys and values in one tensor kv (total_k, 2, heads_k, head_dim)."""
+    k, v = _unpacked("kv", kv, 2, "(total, 2, heads, head_dim)")
     return flash_attn_varlen_func(
         q,
-        *_unpacked("kv", kv, 2, "(total, 2, heads, head_dim)"),
+        k,
+        v,
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,
@@ -225,8 +236,11 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> _Result:
     """`flash_attn_varlen_func` with all three in one tensor qkv (total, 3, heads, head_dim)."""
+    q, k, v = _unpacked("qkv", qkv, 3, "(total, 3, heads, head_dim)")
     return flash_attn_varlen_func(
-        *_unpacked("qkv", qkv, 3, "(total, 3, heads, head_dim)"),
+        q,
+        k,
+        v,
         cu_seqlens,
         cu_seqlens,
         max_seqlen,
@@ -284,6 +298,8 @@ def flash_attn_with_kvcache(
         raise ValueError("cache_leftpad given; it is not supported: left-align the cache, or use a block_table")
     if (k is None) != (v is None):
         raise ValueError("one of k and v given; new keys and new values go together")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("one of rotary_cos and rotary_sin given; they go together")
     if k is None and rotary_cos is not None:
         raise ValueError("rotary_cos given without k and v; the rotary embedding goes with new keys")
     if k is not None and cache_seqlens is None:
@@ -300,7 +316,7 @@ def flash_attn_with_kvcache(
         cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=q.device)
 
     words = _words(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    if k is not None and rotary_cos is not None:
+    if k is not None and rotary_cos is not None and rotary_sin is not None:
         moving = bool(causal) or words["window"] is not None
         if not (k.shape[1] == seqlen_q and (moving or seqlen_q == 1)):  # else the library's own rule is the same
             q = _rotate(q, cache_seqlens, moving, rotary_cos, rotary_sin, rotary_interleaved)
@@ -371,10 +387,9 @@ def _rotate(x: Tensor, start: Tensor, moving: bool, cos: Tensor, sin: Tensor, in
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (table[positions][:, :, None].to(dtype) for table in (cos, sin))
     turned, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
-    pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
-    first, second = pairs.unbind(-1)
-    pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    turned = (pairs if interleaved else pairs.transpose(-1, -2)).flatten(-2)
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = first * cos - second * sin, first * sin + second * cos
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
