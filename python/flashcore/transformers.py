@@ -12,17 +12,26 @@ and packed sequences.
 
 from __future__ import annotations
 
+from functools import wraps
+from inspect import signature
 from typing import Any, Optional
 
 try:
     import torch
+    import transformers
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils, modeling_utils
     from transformers.generation import utils as generation_utils
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
     raise ImportError(
-        "flashcore.transformers needs PyTorch and transformers 5 or newer: pip install torch 'transformers>=5'"
+        "flashcore.transformers needs PyTorch and transformers 5.5 or newer: pip install torch 'transformers>=5.5'"
     ) from error
+
+if "q_length" not in signature(sdpa_mask).parameters:
+    raise ImportError(
+        f"flashcore.transformers needs transformers 5.5 or newer, this is {transformers.__version__}: "
+        "pip install -U transformers"
+    )
 
 from .torch import attention, attention_varlen
 
@@ -37,12 +46,14 @@ def register(name: str = "flashcore") -> None:
     transformers takes a name with "flash" in it for a kind of flash-attn. That is wanted where vision models and
     continuous batching hand over packed sequences, and is corrected where models are loaded, masks made and texts
     generated. A model that itself refuses flash-attn takes a name without "flash", such as register("fused").
+    Models that are not written for the attention interface refuse the name with a ValueError.
     """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
     _names.add(name)
     for module in (modeling_utils, masking_utils, generation_utils):
-        _tell_apart_from_flash_attn(module)
+        _correct(module, "is_flash_attention_requested", _apart_from_flash_attn)
+    _correct(modeling_utils.PreTrainedModel, "get_correct_attn_implementation", _refusing_what_would_not_call)
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
@@ -250,20 +261,42 @@ def _added(scores: Optional[torch.Tensor], query: torch.Tensor) -> Optional[torc
     return scores.to(query.dtype)
 
 
-# ---- names with "flash" in them ------------------------------------------------------------------------------------
+# ---- what transformers has to be told --------------------------------------------------------------------------------
 
 
-def _tell_apart_from_flash_attn(module: Any) -> None:
-    """Let this module of transformers not take the names here for flash-attn because they have "flash" in them."""
-    original = getattr(module, "is_flash_attention_requested", None)
-    if original is None or getattr(original, "knows_flashcore", False):
-        return
+def _correct(owner: Any, name: str, correction: Any) -> None:
+    """Put `correction(original)` in the place of owner's function, once."""
+    original = getattr(owner, name, None)
+    if original is not None and not getattr(original, "knows_flashcore", False):
+        corrected: Any = wraps(original)(correction(original))
+        corrected.knows_flashcore = True
+        setattr(owner, name, corrected)
+
+
+def _apart_from_flash_attn(original: Any) -> Any:
+    """A module of transformers is not to take the names here for flash-attn because they have "flash" in them."""
 
     def is_flash_attention_requested(
-        config: Any = None, requested_attention_implementation: Optional[str] = None, version: Any = None
+        config: Any = None, requested_attention_implementation: Optional[str] = None, **more: Any
     ) -> bool:
         name = requested_attention_implementation if config is None else config._attn_implementation
-        return name not in _names and original(config, requested_attention_implementation, version)
+        return name not in _names and original(config, requested_attention_implementation, **more)
 
-    is_flash_attention_requested.knows_flashcore = True  # type: ignore[attr-defined]
-    module.is_flash_attention_requested = is_flash_attention_requested
+    return is_flash_attention_requested
+
+
+def _refusing_what_would_not_call(original: Any) -> Any:
+    """Models with an attention of their own would never call this one, and add its masks up as if they were numbers."""
+
+    def get_correct_attn_implementation(
+        model: Any, requested_attention: Optional[str], *more: Any, **words: Any
+    ) -> str:
+        flags = ("_supports_attention_backend", "_supports_sdpa", "_supports_flash_attn")
+        if requested_attention in _names and not any(getattr(model, flag, False) for flag in flags):
+            raise ValueError(
+                f'attn_implementation="{requested_attention}" given; {type(model).__name__} is not written for '
+                'transformers\' attention interface: only attn_implementation="eager" runs it'
+            )
+        return original(model, requested_attention, *more, **words)  # type: ignore[no-any-return]
+
+    return get_correct_attn_implementation
