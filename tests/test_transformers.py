@@ -312,12 +312,19 @@ def test_flash_attn_is_still_told_apart():
     assert not asked(requested_attention_implementation="sdpa")
 
 
-def test_models_with_an_attention_of_their_own_are_refused():
-    """They would take the boolean mask for numbers to add."""
-    config = hf.RemBertConfig(**SMALL, input_embedding_size=16)
+OF_THEIR_OWN = {
+    "RemBertModel": lambda: hf.RemBertConfig(**SMALL, input_embedding_size=16),  # would add the mask up as numbers
+    "SplinterModel": lambda: hf.SplinterConfig(**SMALL),  # does not say that no mask means no causal rule
+    "GPTJModel": lambda: hf.GPTJConfig(vocab_size=50, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),  # and flash-attn
+}
+
+
+@pytest.mark.parametrize("name", OF_THEIR_OWN)
+def test_models_with_an_attention_of_their_own_are_refused(name):
+    config = OF_THEIR_OWN[name]()
     config._attn_implementation = "flashcore"
-    with pytest.raises(ValueError, match=r"RemBertModel is not written for .*eager"):
-        hf.RemBertModel(config)
+    with pytest.raises(ValueError, match=rf"{name} is not written for .*eager"):
+        getattr(hf, name)(config)
 
 
 def test_attention_weights_are_refused():

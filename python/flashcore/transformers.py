@@ -53,7 +53,7 @@ def register(name: str = "flashcore") -> None:
     _names.add(name)
     for module in (modeling_utils, masking_utils, generation_utils):
         _correct(module, "is_flash_attention_requested", _apart_from_flash_attn)
-    _correct(modeling_utils.PreTrainedModel, "get_correct_attn_implementation", _refusing_what_would_not_call)
+    _correct(modeling_utils.PreTrainedModel, "get_correct_attn_implementation", _refusing_strangers)
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
@@ -285,17 +285,17 @@ def _apart_from_flash_attn(original: Any) -> Any:
     return is_flash_attention_requested
 
 
-def _refusing_what_would_not_call(original: Any) -> Any:
-    """Models with an attention of their own would never call this one, and add its masks up as if they were numbers."""
+def _refusing_strangers(original: Any) -> Any:
+    """Models that do not say they go by the interface read its masks otherwise, or not at all: as numbers to add, say."""
 
     def get_correct_attn_implementation(
         model: Any, requested_attention: Optional[str], *more: Any, **words: Any
     ) -> str:
-        flags = ("_supports_attention_backend", "_supports_sdpa", "_supports_flash_attn")
-        if requested_attention in _names and not any(getattr(model, flag, False) for flag in flags):
+        goes_by_it = any(getattr(model, f"_supports_{what}", False) for what in ("attention_backend", "sdpa"))
+        if requested_attention in _names and not goes_by_it:
             raise ValueError(
                 f'attn_implementation="{requested_attention}" given; {type(model).__name__} is not written for '
-                'transformers\' attention interface: only attn_implementation="eager" runs it'
+                'transformers\' attention interface: attn_implementation="eager" runs it'
             )
         return original(model, requested_attention, *more, **words)  # type: ignore[no-any-return]
 
