@@ -286,7 +286,7 @@ def _apart_from_flash_attn(original: Any) -> Any:
 
 
 def _refusing_strangers(original: Any) -> Any:
-    """Models that do not say they go by the interface read its masks otherwise, or not at all: as numbers to add, say."""
+    """Models that do not say they go by the interface may read its masks otherwise: as numbers to add, for one."""
 
     def get_correct_attn_implementation(
         model: Any, requested_attention: Optional[str], *more: Any, **words: Any
