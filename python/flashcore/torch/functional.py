@@ -7,7 +7,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from ..attention import _bound
+from ..attention import _bound, _unpack
 from ..interop import LazyNegation, qualified
 from ..options import Causal, Layout, Window, convert
 from . import batching, ops  # noqa: F401  (batching registers its rules)
@@ -164,7 +164,8 @@ def attention_decode(
     """
     causal = "bottom_right" if causal is True else causal
     if _autocast_dtype(q) is not None:
-        q, k_new, v_new = (x if x is None else _cast(x, k_cache.dtype) for x in (q, k_new, v_new))
+        q = _cast(q, k_cache.dtype)
+        k_new, v_new = (x if x is None else _cast(x, k_cache.dtype) for x in (k_new, v_new))
     tensors = (
         q,
         cache_seqlens,
@@ -235,7 +236,7 @@ def merge_states(
             pass
     _refuse_out(out, lse)
     _refuse_tangents(given)
-    return MergeStates.apply(*_distinct(given[:4]), layout)  # type: ignore[no-any-return, no-untyped-call]
+    return MergeStates.apply(*_distinct(given[:4]), layout)  # type: ignore[no-any-return]
 
 
 # ---- the roads -------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def _attend(
     _refuse_tangents(tensors)
     drawn_seed = _draw_seed() if seed is None and dropout_p > 0 else None
     spoken = ops.words(layout, causal, window, scale, softcap, dropout_p, seed or 0, deterministic, kernel)
-    results = Attention.apply(*_distinct(tensors), drawn_seed, *spoken, *bounds, return_lse)  # type: ignore[no-untyped-call]
+    results = Attention.apply(*_distinct(tensors), drawn_seed, *spoken, *bounds, return_lse)
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
@@ -280,7 +281,7 @@ def _recorded(tensors: Any, options: Any, layout: str, bounds: tuple[int, int], 
     if _any_grad(constants):
         refuse_constants([x is not None and x.requires_grad for x in tensors])
     call = (options, layout, bounds, return_lse)
-    results = EagerAttention.apply(call, constants, q, k, v, bias, sinks)  # type: ignore[no-untyped-call]
+    results = EagerAttention.apply(call, constants, q, k, v, bias, sinks)
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
@@ -303,8 +304,9 @@ def _distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], 
         return tensors
     distinct: list[Optional[Tensor]] = []
     for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in distinct)
-        distinct.append(tensor.view_as(tensor) if again else tensor)  # type: ignore[union-attr]
+        if tensor is not None and any(tensor is other for other in distinct):
+            tensor = tensor.view_as(tensor)
+        distinct.append(tensor)
     return tuple(distinct)
 
 
@@ -324,7 +326,7 @@ def _draw_seed() -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64)
 
 
-def _autocast_dtype(q: Tensor) -> Optional[torch.dtype]:
+def _autocast_dtype(q: Optional[Tensor]) -> Optional[torch.dtype]:
     """What autocast wants on q's device; None where it is off."""
     device = "cuda" if getattr(q, "is_cuda", False) else "cpu"
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -337,9 +339,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unpacked(qkv: Tensor, v: Optional[Tensor], layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    from ..attention import _unpack
-
-    return _unpack(ops.framework_of(qkv), qkv, v, layout)  # type: ignore[return-value]
+    return _unpack(ops.framework_of(qkv), qkv, v, layout)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
