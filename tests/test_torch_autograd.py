@@ -207,15 +207,18 @@ def test_varlen_gradients_are_those_of_each_sequence(place):
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradcheck_of_decode(causal, layout, place):
+@pytest.mark.parametrize("window", [None, (2, 0), (1, 1)])
+def test_gradcheck_of_decode(window, causal, layout, place):
     """Against a cache that is only read: 6 and 3 keys of room for 8."""
     tensors = leaf(2, 4, 2, 5, place=place), leaf(2, 2, 8, 5, place=place), leaf(2, 2, 8, 4, place=place)
     sinks, held = leaf(4, place=place), int32(6, 3, place=place)
+    words = {"causal": causal, "window": window, "layout": layout, "return_lse": True}
+    words["alibi_slopes"] = torch.tensor([1.0, 0.5, 0.25, 0.125], device=place)
 
     def call(q, k, v, sinks):
         if layout == "bshd":
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return fct.attention_decode(q, k, v, held, causal=causal, sinks=sinks, layout=layout, return_lse=True)
+        return fct.attention_decode(q, k, v, held, sinks=sinks, **words)
 
     assert torch.autograd.gradcheck(call, (*tensors, sinks), fast_mode=True)
     with torch.no_grad():
@@ -333,6 +336,10 @@ def test_a_constant_that_requires_a_gradient_is_an_error(place):
 def test_what_is_no_tensor_is_refused(given):
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(TypeError, match="given|tensor"):
+        fct.attention(given, q, q)
+    with pytest.raises(TypeError, match="given|tensor"):
+        fct.attention(given)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="given|tensor"):
         fct.attention(given, q, q)
     with pytest.raises((TypeError, ValueError), match="given|missing|tensor|v"):
         fct.attention(q, q, given)

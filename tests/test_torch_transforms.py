@@ -548,6 +548,31 @@ def test_outputs_come_from_torchs_allocator(place):
     assert torch.cuda.memory_allocated() - before >= out.numel() * 2
 
 
+def test_workspaces_come_from_torchs_allocator_if_asked(place):
+    """The backward pass of the reference kernel keeps a number per query row."""
+    if place == "cpu":
+        with pytest.raises(ValueError, match="cpu|CUDA"):
+            fct.workspaces_from_torch("cpu")
+        return
+    q = torch.randn(1, 8, 1024, 16, device=place, requires_grad=True)
+    k = torch.randn(1, 8, 64, 16, device=place)
+
+    def highest():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        (gradient,) = torch.autograd.grad(fct.attention(q, k, k, kernel="reference").sum(), q)
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), gradient
+
+    own, expected = highest()
+    fct.workspaces_from_torch()
+    try:
+        torchs, gradient = highest()
+    finally:
+        fct.workspaces_from_torch(enabled=False)
+    assert torchs - own >= 8 * 1024 * 4
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_compile_with_cuda_graphs(place):
     if place == "cpu":
         pytest.skip("needs a GPU")

@@ -13,6 +13,7 @@ if not hasattr(torch.library, "register_vmap"):
     raise ImportError(f"flashcore.torch needs PyTorch 2.5 or newer, this is {torch.__version__}: pip install -U torch")
 
 from .functional import attention, attention_decode, attention_varlen, merge_states
+from .memory import workspaces_from_torch
 from .modules import KVCache, MultiheadAttention
 from .sdpa import install, installed, scaled_dot_product_attention, uninstall
 
@@ -27,4 +28,5 @@ __all__ = [
     "merge_states",
     "scaled_dot_product_attention",
     "uninstall",
+    "workspaces_from_torch",
 ]

@@ -82,7 +82,7 @@ class Attention(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         wanted = _wanted(ctx.needs_input_grad)
         refuse_constants(ctx.needs_input_grad)
-        call = ops.attention_backward
+        call: Any = ops.attention_backward
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             call = _Gradients.apply
         grads = call(dout, dlse if ctx.lse_used else None, out, lse, *inputs, wanted, *ctx.words)
@@ -155,7 +155,7 @@ class MergeStates(torch.autograd.Function):
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
         if dout is None and dlse is None:
             return (None,) * 5
-        differentiate = _merge_gradients
+        differentiate: Any = _merge_gradients
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             differentiate = _MergeGradients.apply
         return (*differentiate(dout, dlse, *ctx.saved_tensors, ctx.layout), None)

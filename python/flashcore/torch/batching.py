@@ -76,6 +76,8 @@ def _batch(q: Tensor, axis: Optional[int]) -> int:
 
 def _one_by_one(operator: Any, size: int, axes: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
     """A call for each element. The elements are views, so that a cache is written where it lies."""
+    if size == 0:
+        raise ValueError("vmap over no elements given to a call that is made element by element")
     results = [
         operator(*(x.select(axis, i) if isinstance(axis, int) else x for x, axis in zip(arguments, axes, strict=True)))
         for i in range(size)

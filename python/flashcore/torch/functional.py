@@ -7,7 +7,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from ..attention import _bound
+from ..attention import _bound, _unpack
 from ..interop import LazyNegation, qualified
 from ..options import Causal, Layout, Window, convert
 from . import batching, ops  # noqa: F401  (batching registers its rules)
@@ -15,6 +15,7 @@ from .autograd import Attention, EagerAttention, MergeStates, refuse_constants
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _UNKNOWN = (-1, -1)
+_CAST = tuple(ops.TENSORS.index(name) for name in ("q", "k", "v", "bias"))  # by autocast
 
 # Private names of torch; where one is missing, every call takes the road of the operators.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -164,7 +165,7 @@ def attention_decode(
     """
     causal = "bottom_right" if causal is True else causal
     if _autocast_dtype(q) is not None:
-        q, k_new, v_new = (x if x is None else _cast(x, k_cache.dtype) for x in (q, k_new, v_new))
+        q, k_new, v_new = (_cast(x, k_cache.dtype) for x in (q, k_new, v_new))
     tensors = (
         q,
         cache_seqlens,
@@ -235,7 +236,7 @@ def merge_states(
             pass
     _refuse_out(out, lse)
     _refuse_tangents(given)
-    return MergeStates.apply(*_distinct(given[:4]), layout)  # type: ignore[no-any-return, no-untyped-call]
+    return MergeStates.apply(*_distinct(given[:4]), layout)  # type: ignore[no-any-return]
 
 
 # ---- the roads -------------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def _attend(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if (dtype := _autocast_dtype(tensors[0])) is not None:
-        tensors = tuple(_cast(x, dtype) if i in (0, 1, 2, 4) and x is not None else x for i, x in enumerate(tensors))
+        tensors = tuple(_cast(x, dtype) if i in _CAST else x for i, x in enumerate(tensors))
     if _is_eager(tensors) and type(out) in _PLAIN and type(lse) in _PLAIN:
         drawn = int(_draw_seed()) if seed is None and dropout_p > 0 else seed or 0
         options = convert(layout, causal, window, scale, softcap, dropout_p, drawn, deterministic, kernel)
@@ -270,7 +271,7 @@ def _attend(
     _refuse_tangents(tensors)
     drawn_seed = _draw_seed() if seed is None and dropout_p > 0 else None
     spoken = ops.words(layout, causal, window, scale, softcap, dropout_p, seed or 0, deterministic, kernel)
-    results = Attention.apply(*_distinct(tensors), drawn_seed, *spoken, *bounds, return_lse)  # type: ignore[no-untyped-call]
+    results = Attention.apply(*_distinct(tensors), drawn_seed, *spoken, *bounds, return_lse)
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
@@ -280,7 +281,7 @@ def _recorded(tensors: Any, options: Any, layout: str, bounds: tuple[int, int], 
     if _any_grad(constants):
         refuse_constants([x is not None and x.requires_grad for x in tensors])
     call = (options, layout, bounds, return_lse)
-    results = EagerAttention.apply(call, constants, q, k, v, bias, sinks)  # type: ignore[no-untyped-call]
+    results = EagerAttention.apply(call, constants, q, k, v, bias, sinks)
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
@@ -303,8 +304,9 @@ def _distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], 
         return tensors
     distinct: list[Optional[Tensor]] = []
     for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in distinct)
-        distinct.append(tensor.view_as(tensor) if again else tensor)  # type: ignore[union-attr]
+        if tensor is not None and any(tensor is other for other in distinct):
+            tensor = tensor.view_as(tensor)
+        distinct.append(tensor)
     return tuple(distinct)
 
 
@@ -321,25 +323,25 @@ def _result(out: Tensor, lse: Optional[Tensor]) -> _Result:
 
 def _draw_seed() -> Tensor:
     """An operation and not a number, so that a compiled graph draws anew in every run."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def _autocast_dtype(q: Tensor) -> Optional[torch.dtype]:
+def _autocast_dtype(q: Optional[Tensor]) -> Optional[torch.dtype]:
     """What autocast wants on q's device; None where it is off."""
     device = "cuda" if getattr(q, "is_cuda", False) else "cpu"
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: floating numbers, but not float64."""
-    castable = tensor.is_floating_point() and tensor.dtype is not torch.float64 and tensor.dtype.itemsize > 1
-    return tensor.to(dtype) if castable else tensor
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast casts: tensors of floating numbers, but not of float64."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    return tensor if tensor.dtype is torch.float64 or tensor.dtype.itemsize == 1 else tensor.to(dtype)
 
 
 def _unpacked(qkv: Tensor, v: Optional[Tensor], layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    from ..attention import _unpack
-
-    return _unpack(ops.framework_of(qkv), qkv, v, layout)  # type: ignore[return-value]
+    _require_tensors(("q",), (qkv,))
+    return _unpack(ops.framework_of(qkv), qkv, v, layout)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..interop import Framework, classify, known
+from ..interop import Torch, classify, known
 from ..options import LAYOUTS, ROW_ORDER, Causal, Window, convert, window_sides, word
 
 _CAUSAL: dict[Any, str] = {False: "none", True: "square", "top_left": "top_left", "bottom_right": "bottom_right"}
@@ -121,8 +121,8 @@ def words(
 # ---- the calls, on plain tensors -------------------------------------------------------------------------------------
 
 
-def framework_of(tensor: Tensor) -> Framework:
-    return known.get(Tensor) or classify(tensor)
+def framework_of(tensor: Optional[Tensor]) -> Torch:
+    return known.get(Tensor) or classify(tensor)  # type: ignore[return-value]
 
 
 def forward(
@@ -135,10 +135,11 @@ def forward(
     lse: Optional[Tensor] = None,
 ) -> tuple[Tensor, Optional[Tensor]]:
     """out and, if wanted, lse. `tensors` are those of TENSORS."""
-    framework = known.get(Tensor) or classify(tensors[0])
+    framework = framework_of(tensors[0])
     if with_lse and lse is None:
         lse = framework.rows(tensors[0], ROW_ORDER[layout], None)
-    return _core.forward(framework.quiet, tensors, (out, lse), options, *bounds, None), lse
+    result: Any = _core.forward(framework.quiet, tensors, (out, lse), options, *bounds, None)
+    return result, lse
 
 
 def backward(
@@ -171,10 +172,11 @@ def decode(
     lse: Optional[Tensor] = None,
 ) -> tuple[Tensor, Optional[Tensor]]:
     """out and, if wanted, lse. `tensors` are those of DECODE_TENSORS."""
-    framework = known.get(Tensor) or classify(tensors[0])
+    framework = framework_of(tensors[0])
     if with_lse and lse is None:
         lse = framework.rows(tensors[0], ROW_ORDER[layout], None)
-    return _core.decode(framework.quiet, tensors, caches, interleaved, (out, lse), options, None), lse
+    result: Any = _core.decode(framework.quiet, tensors, caches, interleaved, (out, lse), options, None)
+    return result, lse
 
 
 def merge(
@@ -229,7 +231,7 @@ _COUNT = len(TENSORS)
 
 def split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, Words, tuple[int, int]]:
     """The arguments of attention_forward: (tensors, drawn seed, words, bounds)."""
-    return arguments[:_COUNT], arguments[_COUNT], Words(*arguments[_COUNT + 1 : -2]), arguments[-2:]  # type: ignore[return-value]
+    return arguments[:_COUNT], arguments[_COUNT], Words(*arguments[_COUNT + 1 : -2]), arguments[-2:]
 
 
 # A compiler chooses strides as it likes: rows are made dense here.

@@ -167,7 +167,7 @@ def install() -> None:
     global _torchs_own
     if _torchs_own is None:
         _torchs_own = torch.nn.functional.scaled_dot_product_attention
-        torch.nn.functional.scaled_dot_product_attention = _routed
+        torch.nn.functional.scaled_dot_product_attention = _routed  # type: ignore[assignment]
 
 
 def uninstall() -> None:
