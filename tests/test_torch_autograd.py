@@ -1,4 +1,4 @@
-"""flashcore.torch.attention: differentiable, judged by torch's gradcheck and its own attention."""
+"""flashcore.torch's calls: differentiable, judged by torch's gradcheck and its own attention."""
 
 import numpy as np
 import pytest
@@ -170,3 +170,205 @@ def test_errors_are_those_of_the_raw_call(place):
     q, k = leaf(1, 2, 5, 8, place=place), leaf(1, 2, 7, 8, place=place)
     with pytest.raises(ValueError, match=r"top_left.*bottom_right"):
         fct.attention(q, k, k, causal=True)
+
+
+# ---- the other calls -------------------------------------------------------------------------------------------------
+
+
+def int32(*numbers, place="cpu"):
+    return torch.tensor(numbers, dtype=torch.int32, device=place)
+
+
+@pytest.mark.parametrize("words", [{}, {"causal": "bottom_right", "window": (3, 0)}, {"softcap": 1.5}], ids=str)
+def test_gradcheck_of_varlen(words, place):
+    """Sequences of 3, 0 and 2 queries against 4, 1 and 2 keys."""
+    q, k, v = leaf(5, 4, 5, place=place), leaf(7, 2, 5, place=place), leaf(7, 2, 3, place=place)
+    bias, sinks = leaf(4, 1, 7, place=place), leaf(4, place=place)
+    cuts = int32(0, 3, 3, 5, place=place), int32(0, 4, 5, 7, place=place)
+
+    def call(q, k, v, bias, sinks):
+        return fct.attention_varlen(q, k, v, *cuts, bias=bias, sinks=sinks, return_lse=True, **words)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, bias, sinks), fast_mode=True)
+
+
+def test_varlen_gradients_are_those_of_each_sequence(place):
+    q, k, v = (leaf(9, 2, 8, place=place, seed=s) for s in range(3))
+    cuts = int32(0, 5, 9, place=place)
+    out = fct.attention_varlen(q, k, v, cuts, cuts, causal=True, max_seqlen_q=5, max_seqlen_k=5)
+    parts = [
+        fct.attention(*(x[None, a:b] for x in (q, k, v)), causal=True, layout="bshd")[0] for a, b in ((0, 5), (5, 9))
+    ]
+    torch.testing.assert_close(out, torch.cat(parts))
+    ours = torch.autograd.grad(out.square().sum(), (q, k, v))
+    theirs = torch.autograd.grad(torch.cat(parts).square().sum(), (q, k, v))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, (2, 0), (1, 1)])
+def test_gradcheck_of_decode(window, causal, layout, place):
+    """Against a cache that is only read: 6 and 3 keys of room for 8."""
+    tensors = leaf(2, 4, 2, 5, place=place), leaf(2, 2, 8, 5, place=place), leaf(2, 2, 8, 4, place=place)
+    sinks, held = leaf(4, place=place), int32(6, 3, place=place)
+    words = {"causal": causal, "window": window, "layout": layout, "return_lse": True}
+    words["alibi_slopes"] = torch.tensor([1.0, 0.5, 0.25, 0.125], device=place)
+
+    def call(q, k, v, sinks):
+        if layout == "bshd":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return fct.attention_decode(q, k, v, held, sinks=sinks, **words)
+
+    assert torch.autograd.gradcheck(call, (*tensors, sinks), fast_mode=True)
+    with torch.no_grad():
+        plain = call(*tensors, sinks)
+    torch.testing.assert_close(call(*tensors, sinks), plain)  # two roads, one meaning
+
+
+@pytest.mark.parametrize("given", ["k_new", "rotary_cos", "block_table"])
+def test_decode_for_inference_only_says_so_under_grad(given, place):
+    q, cache, held = leaf(1, 2, 1, 8, place=place), leaf(1, 2, 4, 8, place=place).detach(), int32(1, place=place)
+    table = torch.ones(4, 4, dtype=torch.float64, device=place)
+    words = {
+        "k_new": {"k_new": cache[:, :, :1] * 2, "v_new": cache[:, :, :1] * 3},
+        "rotary_cos": {"rotary_cos": table, "rotary_sin": table},
+        "block_table": {"block_table": int32(0, place=place)[None]},
+    }[given]
+    before = cache.clone()
+    with pytest.raises(RuntimeError, match=rf"{given}.*no_grad"):
+        fct.attention_decode(q, cache, cache.clone(), held, **words)
+    assert torch.equal(cache, before)
+    with torch.no_grad():
+        fct.attention_decode(q, cache, cache.clone(), held, **words)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "thd"])
+def test_gradcheck_of_merge_states(layout, place):
+    shape, rows = {
+        "bhsd": ((2, 3, 4, 5), (2, 3, 4)),
+        "bshd": ((2, 4, 3, 5), (2, 3, 4)),
+        "thd": ((4, 3, 5), (3, 4)),
+    }[layout]
+    states = [leaf(*size, place=place, seed=s) for s in range(2) for size in (shape, rows)]
+    assert torch.autograd.gradcheck(lambda *x: fct.merge_states(*x, layout=layout), states, fast_mode=True)
+
+
+def test_merged_halves_have_the_gradient_of_the_whole(place):
+    """One query sees keys of the first half alone: the state of the second is empty there."""
+    q, k, v = (leaf(1, 2, 6, 8, place=place, seed=s) for s in range(3))
+    i, j = torch.arange(6, device=place)[:, None], torch.arange(6, device=place)
+    masks = [(j < 3) & ((i != 1) | (j < 2)), (j >= 3) & (i != 1)]
+    a, b = (fct.attention(q, k, v, mask=mask, return_lse=True) for mask in masks)
+    merged = fct.merge_states(*a, *b)
+    whole = fct.attention(q, k, v, mask=masks[0] | masks[1], return_lse=True)
+    torch.testing.assert_close(merged, whole)
+    ours, theirs = (torch.autograd.grad(x[0].square().sum() + x[1].sum(), (q, k, v)) for x in (merged, whole))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_merging_nothing_with_nothing_has_zero_gradients(place):
+    out = leaf(1, 1, 2, 4, place=place)
+    lse = torch.full((1, 1, 2), -torch.inf, dtype=torch.float64, device=place, requires_grad=True)
+    merged = fct.merge_states(torch.zeros_like(out) * out, lse, torch.zeros_like(out) * out, lse)
+    gradients = torch.autograd.grad(merged[0].sum(), (out, lse))
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def test_the_arguments_are_those_of_the_raw_calls():
+    import inspect
+
+    import flashcore as fc
+
+    for name in ("attention", "attention_varlen", "attention_decode", "merge_states"):
+        raw, ours = (list(inspect.signature(getattr(module, name)).parameters) for module in (fc, fct))
+        assert set(raw) - set(ours) == {"stream"}, name
+        assert set(ours) - set(raw) <= {"deterministic"}, name
+        positional = [
+            [
+                p.name
+                for p in inspect.signature(getattr(m, name)).parameters.values()
+                if p.kind == p.POSITIONAL_OR_KEYWORD
+            ]
+            for m in (fc, fct)
+        ]
+        assert positional[0] == positional[1]
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_packed_arrays(layout, place):
+    shape = (2, 3, 4, 5, 8) if layout == "bhsd" else (2, 5, 3, 4, 8)
+    packed = leaf(*shape, place=place)
+    ours = fct.attention(packed, causal=True, layout=layout)
+    theirs = fct.attention(*packed.unbind(1 if layout == "bhsd" else 2), causal=True, layout=layout)
+    torch.testing.assert_close(ours, theirs)
+    (gradient,) = torch.autograd.grad(ours.square().sum(), packed)
+    torch.testing.assert_close(gradient, torch.autograd.grad(theirs.square().sum(), packed)[0])
+
+
+def test_out_and_lse_are_written_where_nothing_is_recorded(place):
+    q, k, v = (leaf(1, 2, 5, 8, place=place, seed=s) for s in range(3))
+    out, lse = torch.empty_like(q).detach(), torch.empty(1, 2, 5, dtype=torch.float64, device=place)
+    with pytest.raises(RuntimeError, match="out="):
+        fct.attention(q, k, v, out=out)
+    with torch.no_grad():
+        results = fct.attention(q, k, v, out=out, lse=lse)
+    assert results[0] is out
+    assert results[1] is lse
+    torch.testing.assert_close(results, fct.attention(q, k, v, return_lse=True))
+
+
+def test_a_constant_that_requires_a_gradient_is_an_error(place):
+    """Slopes of ALiBi have no gradient: a zero would go unnoticed."""
+    q = leaf(1, 2, 5, 8, place=place)
+    slopes = torch.ones(2, device=place, requires_grad=True)
+    with pytest.raises(RuntimeError, match="alibi_slopes.*detach"):
+        fct.attention(q, q, q, alibi_slopes=slopes)
+    fct.attention(q, q, q, alibi_slopes=slopes.detach())
+    with pytest.raises(RuntimeError, match="alibi_slopes.*detach"):
+        torch.func.grad(lambda s: fct.attention(q, q, q, alibi_slopes=s).sum())(slopes.detach())
+
+
+@pytest.mark.parametrize("given", [None, np.zeros((1, 1, 2, 4)), 3.0, [1]], ids=["none", "numpy", "number", "list"])
+def test_what_is_no_tensor_is_refused(given):
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(TypeError, match="given|tensor"):
+        fct.attention(given, q, q)
+    with pytest.raises(TypeError, match="given|tensor"):
+        fct.attention(given)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="given|tensor"):
+        fct.attention(given, q, q)
+    with pytest.raises((TypeError, ValueError), match="given|missing|tensor|v"):
+        fct.attention(q, q, given)
+    with pytest.raises((TypeError, ValueError), match="cache_seqlens"):
+        fct.attention_decode(q, q, q, given)
+    with pytest.raises((TypeError, ValueError), match="given|tensor|out_a"):
+        fct.merge_states(given, q, q, q)
+
+
+def test_a_changed_mask_is_noticed(place):
+    q = leaf(1, 2, 5, 8, place=place)
+    mask = torch.ones(5, 5, dtype=torch.bool, device=place)
+    out = fct.attention(q, q, q, mask=mask)
+    mask[0, 0] = False
+    with pytest.raises(RuntimeError, match=r"modified by an inplace"):
+        out.sum().backward()
+
+
+def test_deterministic_follows_torch(place, monkeypatch):
+    from flashcore.torch import functional
+
+    seen, convert = [], functional.convert
+    monkeypatch.setattr(functional, "convert", lambda *words: (seen.append(words[7]), convert(*words))[1])
+    q = leaf(1, 1, 2, 4, place=place)
+    for value in (False, True):
+        torch.use_deterministic_algorithms(value)
+        try:
+            fct.attention(q, q, q)
+            fct.attention(q, q, q, deterministic=not value)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert seen == [False, True, True, False]

@@ -164,6 +164,10 @@ class CuPy(NumPyLike):
         return Framework.result(self, q, v, stream)
 
 
+class LazyNegation(TypeError):
+    """A tensor stores the opposite of what it shows."""
+
+
 class Torch(Framework):
     """Tensors are lent by torch's C exchange table where it has one (2.10 and newer), by `__dlpack__` before that."""
 
@@ -174,15 +178,19 @@ class Torch(Framework):
         self.float8 = getattr(module, "float8_e4m3fn", None)
         self.dtypes = {name: getattr(module, name) for name in ("float32", "float64", "bfloat16")}
         self.dtypes["float8_e4m3"] = self.float8
-        self.bridge = _core.Bridge(
-            module.Tensor,
+        self.bridge, self.quiet = self._new_bridge(), self._new_bridge()
+        self.quiet.wary_of_grad = False  # for flashcore.torch, which sees to gradients itself
+
+    def _new_bridge(self) -> _core.Bridge:
+        return _core.Bridge(
+            self.module.Tensor,
             {"stream": -1},
             self.reinterpret,
             self.result,
             current_stream=self.current_stream,
-            empty_like=module.empty_like,
+            empty_like=self.module.empty_like,
             inspect=self.inspect,
-            is_negated=module.Tensor.is_neg,
+            is_negated=self.module.Tensor.is_neg,
             exchange=True,
         )
 
@@ -192,7 +200,9 @@ class Torch(Framework):
     def inspect(self, tensor: Any) -> None:
         """Hears of a tensor that is negated or requires grad."""
         if tensor.is_neg():
-            raise TypeError("a tensor with torch's lazy negation (as of .conj().imag) given; pass tensor.resolve_neg()")
+            raise LazyNegation(
+                "a tensor with torch's lazy negation (as of .conj().imag) given; pass tensor.resolve_neg()"
+            )
         if self.module.is_grad_enabled():
             self.bridge.wary_of_grad = False  # once is enough
             warnings.warn(

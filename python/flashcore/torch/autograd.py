@@ -1,0 +1,198 @@
+"""The gradients: autograd Functions above the operators, and above the library itself where nothing else looks on.
+
+`Attention` is what compilers, torch.func and subclasses see. `EagerAttention` is the same mathematics for plain tensors
+in plain Python: without operators in between, a call costs a quarter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import Parameter, Signature
+from typing import Any, NoReturn, Optional
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops import DIFFERENTIABLE, TENSORS
+
+_COUNT = len(TENSORS)
+_TWICE = "flashcore.torch.{} can be differentiated once; its gradients have no gradient"
+
+
+def _wanted(needs: tuple[bool, ...]) -> tuple[bool, ...]:
+    return tuple([needs[i] for i in DIFFERENTIABLE])
+
+
+def _placed(grads: tuple[Any, ...], wanted: tuple[bool, ...], count: int) -> tuple[Any, ...]:
+    """The gradients at their places among `count` arguments."""
+    placed: list[Any] = [None] * count
+    for i, gradient, want in zip(DIFFERENTIABLE, grads, wanted, strict=True):
+        placed[i] = gradient if want else None
+    return tuple(placed)
+
+
+def refuse_constants(needs: Sequence[bool]) -> None:
+    """An error, and not a silent zero, where one of TENSORS requires a gradient that there is none of."""
+    for i, name in enumerate(TENSORS):
+        if needs[i] and i not in DIFFERENTIABLE:
+            raise RuntimeError(f"{name} requires a gradient, but attention has none for it; pass {name}.detach()")
+
+
+class _Final(torch.autograd.Function):
+    """Base of Functions that compute gradients: differentiating them is an error and not a silent zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *above: Any) -> NoReturn:
+        raise RuntimeError(_TWICE.format("attention"))
+
+
+class _Gradients(_Final):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return ops.attention_backward(*arguments)
+
+
+class Attention(torch.autograd.Function):
+    """The arguments of ops.attention_forward, then whether lse has a gradient -> (out, lse)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return ops.attention_forward(*arguments[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[: _COUNT + 1], *output)
+        ctx.words = inputs[_COUNT + 1 : -1]
+        ctx.lse_used = inputs[-1]
+        ctx.set_materialize_grads(False)
+        if not ctx.lse_used:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        wanted = _wanted(ctx.needs_input_grad)
+        refuse_constants(ctx.needs_input_grad)
+        call: Any = ops.attention_backward
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call = _Gradients.apply
+        grads = call(dout, dlse if ctx.lse_used else None, out, lse, *inputs, wanted, *ctx.words)
+        return _placed(grads, wanted, len(ctx.needs_input_grad))
+
+
+# torch.compile counts the parameters of `forward` to know whether it takes a context.
+_names = [*(argument.name for argument in ops.attention_forward._schema.arguments), "lse_used"]
+Attention.forward.__signature__ = Signature(  # type: ignore[attr-defined]
+    [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in _names]
+)
+
+
+class EagerAttention(torch.autograd.Function):
+    """(call, constants, q, k, v, bias, sinks) -> (out, lse).
+
+    call is (options, layout, bounds, whether lse has a gradient); constants are the other tensors of TENSORS in order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, constants: Any, q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
+        options, layout, bounds, lse_used = call
+        mask, alibi_slopes, *others = constants
+        tensors = (q, k, v, mask, bias, alibi_slopes, sinks, *others)
+        out, lse = ops.forward(tensors, options, layout, bounds, True)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        if not lse_used:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 7
+        differentiate = _EagerGradients.apply if torch.is_grad_enabled() else _eager_gradients
+        return None, None, *differentiate(ctx.call, ctx.needs_input_grad[2:], dout, dlse, *ctx.saved_tensors)
+
+
+def _eager_gradients(call: Any, wanted: Any, dout: Any, dlse: Any, *saved: Any) -> tuple[Any, ...]:
+    options, _, bounds, _ = call
+    return ops.backward((dout, dlse), saved[_COUNT:], saved[:_COUNT], wanted, options, bounds)
+
+
+class _EagerGradients(_Final):
+    setup_context = torch.autograd.Function.setup_context  # none: forward is given the context
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _eager_gradients(*arguments)
+
+
+class MergeStates(torch.autograd.Function):
+    """With w_x = exp(lse_x - lse): out = w_a out_a + w_b out_b, lse = log(exp lse_a + exp lse_b)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str) -> Any:
+        return ops.merge_states(out_a, lse_a, out_b, lse_b, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *states, ctx.layout = inputs
+        ctx.save_for_backward(*states, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 5
+        differentiate: Any = _merge_gradients
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            differentiate = _MergeGradients.apply
+        return (*differentiate(dout, dlse, *ctx.saved_tensors, ctx.layout), None)
+
+
+def _merge_gradients(
+    dout: Optional[Tensor],
+    dlse: Optional[Tensor],
+    out_a: Tensor,
+    lse_a: Tensor,
+    out_b: Tensor,
+    lse_b: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: str,
+) -> tuple[Tensor, ...]:
+    grads: list[Tensor] = []
+    above = torch.zeros_like(lse) if dlse is None else dlse
+    dout = torch.zeros_like(out) if dout is None else dout
+    for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.where(lse_x == -torch.inf, 0.0, torch.exp(lse_x - lse))  # -inf of both: no key was seen
+        along = (dout.to(lse.dtype) * (out_x.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
+        grads.append((_as_rows(weight, layout).unsqueeze(-1) * dout.to(lse.dtype)).to(out_x.dtype))
+        grads.append(weight * (above + _as_rows(along, layout)))
+    return tuple(grads)
+
+
+def _as_rows(numbers: Tensor, layout: str) -> Tensor:
+    """A number per query row, between lse's order of dimensions and out's; its own inverse."""
+    return numbers if layout == "bhsd" else numbers.transpose(-1, -2)
+
+
+class _MergeGradients(_Final):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _merge_gradients(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Any) -> NoReturn:
+        raise RuntimeError(_TWICE.format("merge_states"))

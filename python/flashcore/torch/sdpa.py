@@ -1,0 +1,239 @@
+"""torch's scaled_dot_product_attention, computed by flashcore: as a function, and in place of torch's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from ..device import device_count
+from .functional import attention
+from .ops import dense_rows
+
+_NAME = "scaled_dot_product_attention"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_HEAD_DIM = 256
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, by flashcore.
+
+    Args:
+      query: (…, heads_q, L, E), float16, bfloat16, float32 or float64. Any number of leading dimensions, none too.
+      key: (…, heads, S, E); value: (…, heads, S, Ev). Leading dimensions broadcast, as does a single head.
+      attn_mask: broadcastable to (…, heads_q, L, S); boolean, True = takes part, or added to the scores: of query's
+        dtype or float32, with a gradient where it requires one. Or a `torch.nn.attention.bias.CausalBias`.
+      dropout_p: probability of dropping a weight, always applied. Which ones follows torch.manual_seed, but is not the
+        choice that torch's own function makes.
+      is_causal: query i sees keys j ≤ i (top-left, also where L and S differ).
+      scale: default 1/√E.
+      enable_gqa: heads_q may be a multiple of heads.
+
+    Returns: (…, heads_q, L, Ev), of query's dtype. A query that sees no key gets 0.
+
+    Raises: RuntimeError where the call can never be valid, as torch's own; TypeError for what is no tensor. Compiled
+    and transformed calls, dtypes under autocast and errors of differentiation are as in `flashcore.torch.attention`.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{_NAME}: {name} must be a tensor, got {type(tensor).__qualname__}")
+    try:
+        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    except (ValueError, TypeError) as error:
+        raise RuntimeError(f"{_NAME}: {error}") from error
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    dropout_p: float,
+    is_causal: bool,
+    scale: Optional[float],
+    enable_gqa: bool,
+) -> Tensor:
+    causal, attn_mask = _causal_rule(query, key, attn_mask, is_causal)
+    dimensions = (query.dim(), key.dim(), value.dim())
+    if min(dimensions) < 2:
+        raise ValueError(f"query, key and value need at least 2 dimensions, got {dimensions}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p={dropout_p} given; a probability between 0 and 1 is needed")
+    if dimensions == (4, 4, 4) and query.shape[0] == key.shape[0] == value.shape[0]:
+        batch = query.shape[:1]
+    else:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        query, key, value = (_in_four_dimensions(x, batch) for x in (query, key, value))
+    query, key, value = _matched_heads(query, key, value, enable_gqa)
+    mask, bias = None, None
+    if attn_mask is not None:
+        attn_mask = _plane(attn_mask, batch, query, key)
+        mask, bias = (attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
+    everything = dropout_p == 1  # is dropped: 0 with gradients of 0
+    out: Tensor = attention(  # type: ignore[assignment]
+        *(dense_rows(x) for x in (query, key, value)),
+        causal=causal,
+        scale=scale,
+        mask=mask,
+        bias=bias,
+        dropout_p=0.0 if everything else dropout_p,
+    )
+    out = out * 0 if everything else out
+    if dimensions == (4, 4, 4):
+        return out
+    heads = () if max(dimensions) == 2 else out.shape[1:2]
+    return out.reshape(*batch, *heads, *out.shape[2:])
+
+
+def _causal_rule(query: Tensor, key: Tensor, attn_mask: Any, is_causal: bool) -> tuple[Any, Optional[Tensor]]:
+    """The rule, and the mask that is left."""
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask and is_causal given; one of them, please")
+    if not isinstance(attn_mask, CausalBias):
+        return "top_left" if is_causal else False, attn_mask
+    given, lengths = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if given != lengths:
+        raise ValueError(f"CausalBias of {given} given, but query and key have the lengths {lengths}")
+    return "top_left" if attn_mask.variant == CausalVariant.UPPER_LEFT else "bottom_right", None
+
+
+def _in_four_dimensions(tensor: Tensor, batch: torch.Size) -> Tensor:
+    if tensor.dim() == 2:
+        tensor = tensor.unsqueeze(0)
+    rows = tensor.shape[-3:]
+    return tensor.expand(*batch, *rows).reshape(math.prod(batch), *rows)
+
+
+def _matched_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    heads_q, heads_k, heads_v = query.shape[1], key.shape[1], value.shape[1]
+    if heads_q == heads_k == heads_v:
+        return query, key, value
+    heads = max(heads_k, heads_v)
+    if {heads_k, heads_v} - {1, heads}:
+        raise ValueError(f"key has {heads_k} heads and value {heads_v}; they must be equal")
+    if heads_q == 1 and not enable_gqa:
+        query = query.expand(-1, heads, -1, -1)
+    elif heads not in (1, heads_q) and not enable_gqa:
+        raise ValueError(f"query has {heads_q} heads, key and value have {heads}; enable_gqa=True lets them share")
+    return query, key.expand(-1, heads, -1, -1), value.expand(-1, heads, -1, -1)
+
+
+def _plane(attn_mask: Tensor, batch: torch.Size, query: Tensor, key: Tensor) -> Tensor:
+    """The mask, broadcastable to (batch, heads, L, S) of four dimensions."""
+    if len(batch) == 1 and attn_mask.dim() <= 4:
+        return attn_mask
+    full = (*batch, query.shape[1], query.shape[2], key.shape[2])
+    rank = attn_mask.dim()
+    if rank > len(full) or any(
+        n not in (1, f) for n, f in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    ):
+        raise ValueError(f"attn_mask of shape {tuple(attn_mask.shape)} given; it must broadcast to {full}")
+    if rank <= 3:
+        return attn_mask
+    rows = attn_mask.shape[-3:]
+    return attn_mask.expand(*batch, *rows).reshape(math.prod(batch), *rows)
+
+
+# ---- in place of torch's own -----------------------------------------------------------------------------------------
+
+_torchs_own: Any = None  # while ours stands in its place
+_ROUTED = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
+_HAS_CUDA = device_count() > 0
+
+
+def install() -> None:
+    """Puts flashcore in the place of `torch.nn.functional.scaled_dot_product_attention`, for this whole process.
+
+    Calls that flashcore takes (`flashcore.supports`) go to it, all others to torch's own function. Code that looks the
+    function up when it calls is served, torch.nn.MultiheadAttention for example; a name that was imported before keeps
+    torch's own. Installing twice is installing once.
+    """
+    global _torchs_own
+    if _torchs_own is None:
+        _torchs_own = torch.nn.functional.scaled_dot_product_attention
+        torch.nn.functional.scaled_dot_product_attention = _routed  # type: ignore[assignment]
+
+
+def uninstall() -> None:
+    """Gives torch its own function back."""
+    global _torchs_own
+    if _torchs_own is not None:
+        if torch.nn.functional.scaled_dot_product_attention is not _routed:
+            raise RuntimeError("scaled_dot_product_attention was replaced again after install(); undo that first")
+        torch.nn.functional.scaled_dot_product_attention = _torchs_own
+        _torchs_own = None
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """`install` for the length of a `with` block."""
+    was_there = _torchs_own is not None
+    install()
+    try:
+        yield
+    finally:
+        if not was_there:
+            uninstall()
+
+
+def _routed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if _takes(query, key, value, attn_mask, dropout_p, is_causal):
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    arguments, words = (query, key, value, attn_mask, dropout_p, is_causal), {"scale": scale, "enable_gqa": enable_gqa}
+    if isinstance(attn_mask, CausalBias):  # waits for the function that stands in torch.nn.functional
+        return CausalBias.__torch_function__(_routed, (CausalBias,), arguments, words)  # type: ignore[no-any-return]
+    return _torchs_own(*arguments, **words)  # type: ignore[no-any-return]
+
+
+_routed.__name__ = _routed.__qualname__ = _NAME
+_routed.__doc__ = scaled_dot_product_attention.__doc__
+
+
+def _takes(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], dropout_p: float, is_causal: bool
+) -> bool:
+    """What `supports` says, from shapes and dtypes alone: it is asked of traced tensors, too."""
+    if not all(type(x) in _ROUTED for x in (query, key, value)) or query.dtype not in _DTYPES:
+        return False
+    if not (query.device == key.device == value.device and (query.is_cpu or query.is_cuda and _HAS_CUDA)):
+        return False
+    if not query.dtype == key.dtype == value.dtype or min(query.dim(), key.dim(), value.dim()) < 2:
+        return False
+    if not (1 <= query.shape[-1] == key.shape[-1] <= _MAX_HEAD_DIM and 1 <= value.shape[-1] <= _MAX_HEAD_DIM):
+        return False
+    if key.shape[-2] != value.shape[-2]:
+        return False
+    if attn_mask is None or isinstance(attn_mask, CausalBias):
+        return attn_mask is None or not is_causal
+    dtypes = (torch.bool, torch.float32, query.dtype)
+    return (
+        not is_causal and type(attn_mask) in _ROUTED and attn_mask.dtype in dtypes and attn_mask.device == query.device
+    )
