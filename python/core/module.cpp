@@ -21,4 +21,5 @@ NB_MODULE(_core, m) {
   bind_primitives(m);
   bind_memory(m);
   bind_device(m);
+  bind_xla(m);
 }

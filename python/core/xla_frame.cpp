@@ -1,0 +1,140 @@
+// A handler's call as XLA's C structs tell it.
+#include "xla_frame.h"
+
+#include <string>
+
+#include "flashcore/device.h"
+#include "flashcore/error.h"
+
+namespace flashcore::python::xla {
+
+namespace {
+
+template <class Request>
+Request request(const Frame& frame) {
+  Request r{};
+  r.struct_size = sizeof(Request);
+  r.context = frame.context;
+  return r;
+}
+
+/// Throws for an error of XLA's own, which has no words that the handler could add to.
+void check(const Frame& frame, Error* error, const char* what) {
+  if (!error) return;
+  DestroyError destroy{sizeof(DestroyError), nullptr, error};
+  frame.api->destroy_error(&destroy);
+  throw std::runtime_error(what);
+}
+
+}  // namespace
+
+const void* AttributeReader::find(std::string_view name, AttributeKind kind) const {
+  for (std::int64_t i = 0; i < attributes_.size; ++i)
+    if (attributes_.kinds[i] == kind && std::string_view(attributes_.names[i]->data, attributes_.names[i]->size) == name)
+      return attributes_.values[i];
+  return nullptr;
+}
+
+std::int64_t AttributeReader::integer(std::string_view name) const {
+  const auto* scalar = static_cast<const Scalar*>(find(name, kScalar));
+  if (!scalar || scalar->type != kS64) throw InvalidArgument("no 64-bit integer attribute " + std::string(name));
+  return *static_cast<const std::int64_t*>(scalar->value);
+}
+
+std::optional<double> AttributeReader::number(std::string_view name) const {
+  const auto* scalar = static_cast<const Scalar*>(find(name, kScalar));
+  if (!scalar) return std::nullopt;
+  if (scalar->type != kF64) throw InvalidArgument("attribute " + std::string(name) + " is not a 64-bit number");
+  return *static_cast<const double*>(scalar->value);
+}
+
+std::string_view AttributeReader::text(std::string_view name) const {
+  const auto* text = static_cast<const Text*>(find(name, kString));
+  return text ? std::string_view(text->data, text->size) : std::string_view();
+}
+
+DType dtype_of(std::int32_t type, std::string_view name) {
+  switch (type) {
+    case kPred:
+      return DType::boolean;
+    case kS32:
+      return DType::int32;
+    case kS64:
+      return DType::int64;
+    case kF16:
+      return DType::float16;
+    case kF32:
+      return DType::float32;
+    case kF64:
+      return DType::float64;
+    case kBF16:
+      return DType::bfloat16;
+    case kF8E4M3FN:
+      return DType::float8_e4m3;
+    default:
+      throw InvalidType(std::string(name) + " has XLA's element type " + std::to_string(type) +
+                        ", which flashcore does not know");
+  }
+}
+
+TakeScratch scratch_of(const Frame& frame) {
+  return [&frame](std::size_t bytes) -> std::shared_ptr<void> {
+    if (bytes == 0) return nullptr;
+    auto allocate = request<AllocateMemory>(frame);
+    allocate.bytes = bytes;
+    allocate.alignment = 256;
+    Error* error = frame.api->allocate_memory(&allocate);
+    if (error) {
+      DestroyError destroy{sizeof(DestroyError), nullptr, error};
+      frame.api->destroy_error(&destroy);
+      throw OutOfMemory("XLA's allocator has no " + std::to_string(bytes) + " bytes left for flashcore's workspace");
+    }
+    return {allocate.data, [&frame, bytes](void* data) {
+              auto free = request<FreeMemory>(frame);
+              free.bytes = bytes;
+              free.data = data;
+              if (Error* failed = frame.api->free_memory(&free)) {
+                DestroyError destroy{sizeof(DestroyError), nullptr, failed};
+                frame.api->destroy_error(&destroy);
+              }
+            }};
+  };
+}
+
+Stream stream_of(const Frame& frame) {
+  auto get = request<GetStream>(frame);
+  check(frame, frame.api->get_stream(&get), "XLA gives no stream for this call");
+  return static_cast<Stream>(get.stream);
+}
+
+Device cuda_device_of(const Frame& frame) {
+  if (frame.api->struct_size >= offsetof(Api, get_device) + sizeof(frame.api->get_device)) {
+    auto get = request<GetDevice>(frame);
+    check(frame, frame.api->get_device(&get), "XLA does not tell which GPU this call is for");
+    return {DeviceType::cuda, get.ordinal};
+  }
+  if (device_count() > 1)
+    throw std::runtime_error("this version of jaxlib does not tell which GPU a call is for; use jax 0.8 or newer");
+  return {DeviceType::cuda, 0};
+}
+
+Error* make_error(const Frame& frame, Code code, const char* message) noexcept {
+  CreateError create{sizeof(CreateError), nullptr, message, code};
+  return frame.api->create_error(&create);
+}
+
+bool answer_metadata(const Frame& frame) noexcept {
+  for (Extension* extension = frame.extensions; extension; extension = extension->next) {
+    if (extension->type != kMetadata) continue;
+    Metadata& metadata = *reinterpret_cast<MetadataExtension*>(extension)->metadata;
+    // What is used here has been there since 0.1, and XLA refuses versions newer than its own: so speak its version.
+    metadata.version.major = 0;
+    metadata.version.minor = frame.api ? frame.api->version.minor : 1;
+    // Not for command buffers: the workspace is the call's, not the graph's, and would be gone when it is replayed.
+    metadata.traits = 0;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace flashcore::python::xla

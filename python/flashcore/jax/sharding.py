@@ -1,0 +1,170 @@
+"""How a call is cut where its arrays are sharded: over the batch, over heads, and over what vmap added.
+
+Everything else a call sees whole; the partitioner gathers it. Dropout's random numbers depend on the place in the batch
+and among the heads, so such calls are not cut at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+Call = Any  # calls.Call, which imports this module
+
+#: The dimensions of each array in layout bhsd: b batch, h query heads, H key/value heads, others are not cut.
+_ROWS = {
+    "q": "bhid",
+    "k": "bHjd",
+    "v": "bHje",
+    "out": "bhie",
+    "k_cache": "bHjd",
+    "v_cache": "bHje",
+    "k_new": "bHnd",
+    "v_new": "bHne",
+}
+_OTHERS = {
+    "lse": "bhi",
+    "mask": "bhij",
+    "bias": "bhij",
+    "alibi_slopes": "bh",
+    "sinks": "h",
+    "q_descale": "bH",
+    "k_descale": "bH",
+    "v_descale": "bH",
+    "seqused_k": "b",
+    "cache_seqlens": "b",
+    "block_table": "bm",
+    "cu_seqlens_q": "c",
+    "cu_seqlens_k": "c",
+    "rotary_cos": "pr",
+    "rotary_sin": "pr",
+}
+
+
+def dimensions(call: Call, name: str, rank: int) -> str:
+    """A letter for each dimension of an array of the call: digits are mapped ones."""
+    base = name if name in _ROWS or name in _OTHERS else name.removeprefix("d")
+    own = _ROWS.get(base) or _OTHERS[base]
+    if base in _ROWS and call.layout == "bshd":
+        own = own[0] + own[2] + own[1] + own[3]
+    if call.layout == "thd":
+        own = {"bhid": "ihd", "bHjd": "jHd", "bHje": "jHe", "bhie": "ihe", "bhi": "hi"}.get(own, own.replace("b", "c"))
+    if "block_table" in call.operands and base in ("k_cache", "v_cache"):
+        own = own.replace("b", "p")  # a pool of pages belongs to no sequence
+    own = own[len(own) - (rank - call.mapped) :]  # leading ones may be missing
+    return "".join(str(i) for i in range(call.mapped)) + own
+
+
+def _is_cut(letter: str) -> bool:
+    return letter in "bhH" or letter.isdigit()
+
+
+def partitioned(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which a partitioner cuts instead of gathering its operands."""
+    if call.dropout_p > 0:
+        return function
+    whole = custom_partitioning(function)
+    whole.def_partition(
+        lambda mesh, arrays, results: _partition(call, function, mesh, arrays, results),
+        infer_sharding_from_operands=lambda mesh, arrays, results: _results(
+            call, mesh, _axes(call, mesh, arrays), results
+        ),
+        sharding_rule=lambda mesh, arrays, results: _rule(call, arrays, results),
+    )
+    return whole
+
+
+# ---- which mesh axes cut which dimension ----------------------------------------------------------------------------
+
+
+def _axes(call: Call, mesh: Any, arrays: Any) -> dict[str, Any]:
+    """letter -> the mesh axes that q's own sharding cuts it with, where they divide it; H for both kinds of heads."""
+    shapes = dict(zip(call.operands, arrays, strict=True))
+    q, k = shapes["q"], shapes["k_cache" if call.phase == "decode" else "k"]
+    sizes = dict(zip(dimensions(call, "q", len(q.shape)), q.shape, strict=True))
+    names = dimensions(call, "k_cache" if call.phase == "decode" else "k", len(k.shape))
+    heads_k = k.shape[names.index("H")]
+    spec = getattr(q.sharding, "spec", None) or ()
+    axes = {}
+    for letter, entry in zip(sizes, spec, strict=False):
+        if entry is None or not _is_cut(letter):
+            continue
+        taken = entry if isinstance(entry, tuple) else (entry,)
+        ways = math.prod(mesh.shape[axis] for axis in taken)
+        if (heads_k if letter == "h" and heads_k > 1 else sizes[letter]) % ways == 0:
+            axes["H" if letter == "h" else letter] = entry
+    return axes
+
+
+def _sharding(call: Call, mesh: Any, axes: dict[str, Any], name: str, shape: tuple[int, ...]) -> NamedSharding:
+    entries = []
+    for letter, size in zip(dimensions(call, name, len(shape)), shape, strict=True):
+        entries.append(None if size == 1 else axes.get("H" if letter == "h" else letter))
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def _results(call: Call, mesh: Any, axes: dict[str, Any], results: Any) -> tuple[NamedSharding, ...]:
+    return tuple(_sharding(call, mesh, axes, name, x.shape) for name, x in zip(call.results, results, strict=True))
+
+
+def _partition(call: Call, function: Callable[..., Any], mesh: Any, arrays: Any, results: Any) -> Any:
+    axes = _axes(call, mesh, arrays)
+    operands = tuple(_sharding(call, mesh, axes, name, x.shape) for name, x in zip(call.operands, arrays, strict=True))
+    parts = _results(call, mesh, axes, results)
+    sums = [_axes_summed_over(axes, part) for part in parts]
+
+    def local(*arrays: Any) -> Any:
+        return tuple(
+            jax.lax.psum(x, over) if over else x for x, over in zip(function(*arrays), sums, strict=True)
+        )
+
+    return mesh, local, parts, operands
+
+
+def _axes_summed_over(axes: dict[str, Any], part: NamedSharding) -> tuple[Any, ...]:
+    """The mesh axes that cut the call but not this result, of which each device therefore has a part of the sum."""
+
+    def flat(entries: Any) -> list[Any]:
+        return [axis for entry in entries if entry for axis in (entry if isinstance(entry, tuple) else (entry,))]
+
+    return tuple(axis for axis in flat(axes.values()) if axis not in flat(part.spec))
+
+
+# ---- the same for Shardy --------------------------------------------------------------------------------------------
+
+
+def _rule(call: Call, arrays: Any, results: Any) -> SdyShardingRule:
+    """Dimensions that are cut together share a factor; query heads are (key/value heads, group)."""
+    shapes = [(name, tuple(x.shape)) for name, x in zip(call.operands, arrays, strict=True)]
+    outs = [(name, tuple(x.shape)) for name, x in zip(call.results, results, strict=True)]
+    heads = {}
+    for name, shape in shapes:
+        heads.update({letter: n for letter, n in zip(dimensions(call, name, len(shape)), shape, strict=True) if n != 1})
+    group = heads.get("h", 1) // heads.get("H", 1)
+    alone = 0
+
+    def mapping(name: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        nonlocal alone
+        factors: list[Any] = []
+        for letter, size in zip(dimensions(call, name, len(shape)), shape, strict=True):
+            if size == 1 or not _is_cut(letter):
+                factors.append(f"own{alone}")
+                alone += 1
+            elif letter == "h" and group > 1:
+                factors.append(("heads", "group") if group < size else "group")
+            else:
+                factors.append("heads" if letter in "hH" else f"mapped{letter}" if letter.isdigit() else "batch")
+        return tuple(factors)
+
+    def array_mapping(name: str, shape: tuple[int, ...]) -> Any:
+        return ArrayMapping(*(CompoundFactor(*f) if isinstance(f, tuple) else f for f in mapping(name, shape)))
+
+    sizes = {"group": group} if group > 1 and "H" in heads else {}
+    return SdyShardingRule(
+        tuple(array_mapping(*each) for each in shapes), tuple(array_mapping(*each) for each in outs), **sizes
+    )
