@@ -12,6 +12,7 @@ import numpy as np
 from .. import _core
 from ..options import LAYOUTS, ROW_ORDER
 from . import sharding
+from .versions import shape_struct, vary, varying_axes
 
 #: what must not be traced, because it is written into the program
 _STATIC = "it is written into the compiled program, so a plain Python value is needed (for jit: static_argnames)"
@@ -80,7 +81,10 @@ def result_shapes(call: Call, shapes: dict[str, Any]) -> tuple[Any, ...]:
         like = shapes[name if name in shapes else name.removeprefix("d")]
         return like.shape[call.mapped :], like.dtype
 
-    return tuple(_shape((*mapped, *shape), dtype, _varying(shapes.values())) for shape, dtype in map(shape_of, call.results))
+    looks = [((*mapped, *shape), dtype) for shape, dtype in map(shape_of, call.results)]
+    shardings = sharding.of_results(call, shapes, [shape for shape, _ in looks])
+    varying = varying_axes(q)  # as of all operands: vary_alike made them so
+    return tuple(shape_struct(*look, cut, varying) for look, cut in zip(looks, shardings, strict=True))
 
 
 def invoke(call: Call, arrays: dict[str, Any]) -> tuple[Any, ...]:
@@ -182,32 +186,10 @@ def _register() -> None:
             ) from error
 
 
-def _shape(shape: tuple[int, ...], dtype: Any, varying: frozenset[Any]) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _varying(arrays: Any) -> frozenset[Any]:
-    """The mesh axes along which any of the arrays differs: inside shard_map, else none."""
-    if not hasattr(jax, "typeof"):
-        return frozenset()
-    axes: frozenset[Any] = frozenset()
-    for x in arrays:
-        axes |= getattr(jax.typeof(x), "vma", frozenset()) if isinstance(x, jax.Array) else frozenset()
-    return axes
-
-
 def vary_alike(arrays: dict[str, Any]) -> dict[str, Any]:
     """Inside shard_map: the same values, marked as differing along each mesh axis along which any of them differs.
 
     So JAX sums the gradient of an array that all devices share.
     """
-    axes = _varying(arrays.values())
-    if not axes:
-        return arrays
-    return {name: _vary(x, tuple(axes - jax.typeof(x).vma)) for name, x in arrays.items()}
-
-
-def _vary(x: Any, axes: tuple[Any, ...]) -> Any:
-    if not axes:
-        return x
-    return jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)
+    axes = frozenset().union(*map(varying_axes, arrays.values()))
+    return {name: vary(x, axes) for name, x in arrays.items()} if axes else arrays

@@ -79,6 +79,16 @@ def partitioned(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
     return whole
 
 
+def of_results(call: Call, shapes: dict[str, Any], results: list[tuple[int, ...]]) -> list[Any]:
+    """The shardings of results that are part of their types: where a mesh with explicit axes is set, or in shard_map."""
+    types = {name: jax.typeof(x) for name, x in shapes.items()} if hasattr(jax, "typeof") else shapes
+    mesh = getattr(getattr(types["q"], "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty:
+        return [None] * len(results)
+    axes = {} if call.dropout_p > 0 else _axes(call, mesh, types.values())
+    return [_sharding(call, mesh, axes, name, shape) for name, shape in zip(call.results, results, strict=True)]
+
+
 # ---- which mesh axes cut which dimension ----------------------------------------------------------------------------
 
 

@@ -1,0 +1,37 @@
+"""What is spelled differently from one JAX release to the next: the mesh axes along which a value varies in shard_map.
+
+Until 0.9 a type has them as `vma`, from 0.10 on in its `manual_axis_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The mesh axes along which an array differs from device to device; none outside of shard_map."""
+    kind = jax.typeof(x) if hasattr(jax, "typeof") else None
+    manual = getattr(kind, "manual_axis_type", None)
+    axes = getattr(kind, "vma", None) if manual is None else manual.varying
+    return frozenset(axes or ())
+
+
+def shape_struct(shape: tuple[int, ...], dtype: Any, sharding: Any, varying: frozenset[Any]) -> Any:
+    """What a result looks like; `sharding` is None where no mesh is set."""
+    if not varying:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    if hasattr(jax.sharding, "ManualAxisType"):
+        kind = jax.sharding.ManualAxisType(varying=varying)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, vma=varying)
+
+
+def vary(x: Any, axes: Iterable[Any]) -> Any:
+    """The same values, marked as varying along more axes. Its gradient is the sum over them."""
+    missing = tuple(set(axes) - varying_axes(x))
+    if not missing:
+        return x
+    return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
