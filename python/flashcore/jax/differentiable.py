@@ -103,8 +103,13 @@ def attention_varlen(
     two, say "top_left" or "bottom_right". Otherwise as `attention`.
     """
     refuse_tracers(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-    if causal is True and cu_seqlens_q is cu_seqlens_k and seqused_k is None:
-        causal = "bottom_right"  # queries and keys are cut alike, so all diagonals are the same
+    if causal is True:
+        if cu_seqlens_q is not cu_seqlens_k or seqused_k is not None:
+            raise ValueError(
+                "causal=True given with lengths that may differ between queries and keys; say which corner the diagonal "
+                "starts from, 'top_left' or 'bottom_right', or give one and the same array as cu_seqlens_q and cu_seqlens_k"
+            )
+        causal = "bottom_right"  # queries and keys are cut alike, so that all diagonals are one
     constants = given(
         mask=mask,
         alibi_slopes=alibi_slopes,
@@ -141,7 +146,7 @@ def _differentiable(asked: Asked, tensors: dict[str, Any], constants: dict[str, 
 
 def _forward(asked: Asked, operands: dict[str, Any], with_lse: bool) -> tuple[Any, ...]:
     results = ("out", "lse") if with_lse else ("out",)
-    return invoke(Call("forward", asked.words, tuple(operands), results, asked.bounds), operands)
+    return _once(Call("forward", asked.words, tuple(operands), results, asked.bounds), operands)
 
 
 def _forward_rule(asked: Asked, tensors: dict[str, Any], constants: dict[str, Any]) -> Any:
@@ -160,7 +165,7 @@ def _backward_rule(asked: Asked, saved: Any, cotangents: Any) -> Any:
     operands = {**operands, "out": out, "lse": lse, **above}
     results = tuple("d" + name for name in wanted)
     call = Call("backward", asked.words, tuple(operands), results, asked.bounds)
-    grads = dict(zip(wanted, _gradients(call, operands), strict=True)) if wanted else {}
+    grads = dict(zip(wanted, _once(call, operands), strict=True)) if wanted else {}
     tensors = {name: grads.get(name) for name in _DIFFERENTIABLE if name in operands}
     return tensors, None
 
@@ -169,8 +174,8 @@ _differentiable.__wrapped__.defvjp(_forward_rule, _backward_rule, symbolic_zeros
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(call: Call, operands: dict[str, Any]) -> tuple[Any, ...]:
-    """The gradients as a function of their own, so that differentiating them is an error with words."""
+def _once(call: Call, operands: dict[str, Any]) -> tuple[Any, ...]:
+    """The call, which JAX differentiates only where a derivative is differentiated: an error with words."""
     return invoke(call, operands)
 
 
@@ -178,4 +183,4 @@ def _refuse(call: Call, operands: dict[str, Any]) -> Any:
     raise NotImplementedError("flashcore.jax.attention can be differentiated once; its gradients have no gradient")
 
 
-_gradients.defvjp(_refuse, _refuse)
+_once.defvjp(_refuse, _refuse)

@@ -102,13 +102,18 @@ def _axes(call: Call, mesh: Any, arrays: Any) -> dict[str, Any]:
     spec = getattr(q.sharding, "spec", None) or ()
     axes = {}
     for letter, entry in zip(sizes, spec, strict=False):
-        if entry is None or not _is_cut(letter):
+        if entry is None or not _is_cut(letter) or (letter == "b" and _appends_to_pages(call)):
             continue
         taken = entry if isinstance(entry, tuple) else (entry,)
         ways = math.prod(mesh.shape[axis] for axis in taken)
         if (heads_k if letter == "h" and heads_k > 1 else sizes[letter]) % ways == 0:
             axes["H" if letter == "h" else letter] = entry
     return axes
+
+
+def _appends_to_pages(call: Call) -> bool:
+    """All sequences write to one pool, so one device has to see them all."""
+    return "block_table" in call.operands and "k_cache" in call.results
 
 
 def _sharding(call: Call, mesh: Any, axes: dict[str, Any], name: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -126,7 +131,7 @@ def _partition(call: Call, function: Callable[..., Any], mesh: Any, arrays: Any,
     axes = _axes(call, mesh, arrays)
     operands = tuple(_sharding(call, mesh, axes, name, x.shape) for name, x in zip(call.operands, arrays, strict=True))
     parts = _results(call, mesh, axes, results)
-    sums = [_axes_summed_over(axes, part) for part in parts]
+    sums = [_axes_summed_over(axes, part) if call.phase == "backward" else () for part in parts]
 
     def local(*arrays: Any) -> Any:
         return tuple(
