@@ -74,7 +74,8 @@ def check_with_gradients(problem, xp, rng, layout="bhsd"):
     assert_near(in_layout(exact64(out), layout), exact[0], stepwise[0], problem.dtype, terms, "out")
     assert_near(exact64(lse), exact[1], stepwise[1], lse_dtype(problem.dtype), terms, "lse")
     exact, stepwise, sizes = (
-        reference.attention_backward(dout, *inputs, dlse, **how) for how in ({}, {"arithmetic": steps}, {"cancel": False})
+        reference.attention_backward(dout, *inputs, dlse, **how)
+        for how in ({}, {"arithmetic": steps}, {"cancel": False})
     )
     terms += problem.q.shape[2] * problem.q.shape[1]
     for name, grad in named.items():
@@ -182,7 +183,16 @@ def test_decode_gives_the_caches_back(page, donate, xp, rng):
 
     def step(q, k_cache, v_cache, lengths, k_new, v_new, cos, sin, more):
         return fcj.attention_decode(
-            q, k_cache, v_cache, lengths, k_new=k_new, v_new=v_new, rotary_cos=cos, rotary_sin=sin, return_lse=True, **more
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            k_new=k_new,
+            v_new=v_new,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            return_lse=True,
+            **more,
         )
 
     given = [xp.array(x) for x in (q, cache.k, cache.v)]
@@ -236,6 +246,8 @@ def test_nothing_passes_through_python(qkv):
 
 def test_only_the_gradients_that_are_used_are_computed(qkv, xp):
     """A gradient of a bias costs a matrix of scores: a bias that is a constant has none."""
+    if jax.__version_info__ < (0, 9, 2):
+        pytest.skip("this JAX cannot tell one differentiation of a function from another")
     bias = xp.array(np.zeros((3, 9, 9)))
     constant = jax.jit(jax.grad(lambda q: fcj.attention(q, *qkv[1:], bias=bias).sum())).lower(qkv[0]).as_text()
     trained = jax.jit(jax.grad(lambda b: fcj.attention(*qkv, bias=b).sum())).lower(bias).as_text()

@@ -65,6 +65,8 @@ def check(arrays, alive, tolerance=2e-5, **words):
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
 def test_causal_and_window(size, is_causal, window, rng):
+    if jax.__version_info__ < (0, 10) and window is not None and not is_causal:
+        pytest.skip("jax.nn of this version does not heed a window that comes alone")
     alive = sees_something(size, is_causal, window)
     check(qkv(rng, size), alive, is_causal=is_causal, local_window_size=window, scale=0.3)
 

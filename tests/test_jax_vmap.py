@@ -25,7 +25,9 @@ def one_by_one(call, axes, given):
 
 def check(call, axes, given):
     mapped = jax.jit(jax.vmap(call, in_axes=(axes,)))(given)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mapped, one_by_one(call, axes, given))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mapped, one_by_one(call, axes, given)
+    )
 
 
 QKV = {"q": (N, B, H, S, D), "k": (N, B, 2, S, D), "v": (N, B, 2, S, D)}

@@ -16,10 +16,10 @@ enum class Phase { forward, backward, decode };
 
 /// How a tensor takes part in the batch.
 enum class BatchRole {
-  first,      ///< its first dimension is the batch
-  plane,      ///< the first of four dimensions, of which leading ones may be missing or 1
-  head,       ///< the first of two dimensions, or missing
-  separate,   ///< it has no batch dimension
+  first,     ///< its first dimension is the batch
+  plane,     ///< the first of four dimensions, of which leading ones may be missing or 1
+  head,      ///< the first of two dimensions, or missing
+  separate,  ///< it has no batch dimension
 };
 
 /// Gives scratch memory that lives as long as the pointer; null for 0 bytes.

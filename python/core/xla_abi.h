@@ -1,6 +1,6 @@
 // The C interface through which XLA calls functions from outside ("typed FFI"), as far as it is used here.
 //
-// The layout is that of XLA's public xla/ffi/api/c_api.h, API versions 0.1 to 0.3, in this project's own words: so no
+// The layout is that of XLA's public xla/ffi/api/c_api.h, API versions 0.2 and 0.3, in this project's own words: so no
 // JAX is needed to build, and one binary serves every JAX that speaks API 0. XLA only ever appends to these structs.
 #pragma once
 
@@ -171,8 +171,8 @@ struct Api {
   Unused type_and_state[4];  // register a type, get from the context, set and get state
   Error* (*allocate_memory)(AllocateMemory*);
   Error* (*free_memory)(FreeMemory*);
-  Unused threads_and_futures[6];    // schedule, count threads; create, set and fail a future; run id
-  Error* (*get_device)(GetDevice*);  // since 0.2
+  Unused threads_and_futures[6];  // schedule, count threads; create, set and fail a future; run id
+  Error* (*get_device)(GetDevice*);
 };
 
 static_assert(sizeof(Buffer) == 48 && sizeof(Buffers) == 40 && sizeof(Attributes) == 48 && sizeof(Frame) == 168);

@@ -1,9 +1,9 @@
 // A handler's call as XLA's C structs tell it.
 #include "xla_frame.h"
 
+#include <stdexcept>
 #include <string>
 
-#include "flashcore/device.h"
 #include "flashcore/error.h"
 
 namespace flashcore::python::xla {
@@ -30,7 +30,8 @@ void check(const Frame& frame, Error* error, const char* what) {
 
 const void* AttributeReader::find(std::string_view name, AttributeKind kind) const {
   for (std::int64_t i = 0; i < attributes_.size; ++i)
-    if (attributes_.kinds[i] == kind && std::string_view(attributes_.names[i]->data, attributes_.names[i]->size) == name)
+    if (attributes_.kinds[i] == kind &&
+        std::string_view(attributes_.names[i]->data, attributes_.names[i]->size) == name)
       return attributes_.values[i];
   return nullptr;
 }
@@ -108,14 +109,9 @@ Stream stream_of(const Frame& frame) {
 }
 
 Device cuda_device_of(const Frame& frame) {
-  if (frame.api->struct_size >= offsetof(Api, get_device) + sizeof(frame.api->get_device)) {
-    auto get = request<GetDevice>(frame);
-    check(frame, frame.api->get_device(&get), "XLA does not tell which GPU this call is for");
-    return {DeviceType::cuda, get.ordinal};
-  }
-  if (device_count() > 1)
-    throw std::runtime_error("this version of jaxlib does not tell which GPU a call is for; use jax 0.8 or newer");
-  return {DeviceType::cuda, 0};
+  auto get = request<GetDevice>(frame);
+  check(frame, frame.api->get_device(&get), "XLA does not tell which GPU this call is for");
+  return {DeviceType::cuda, get.ordinal};
 }
 
 Error* make_error(const Frame& frame, Code code, const char* message) noexcept {
@@ -127,9 +123,10 @@ bool answer_metadata(const Frame& frame) noexcept {
   for (Extension* extension = frame.extensions; extension; extension = extension->next) {
     if (extension->type != kMetadata) continue;
     Metadata& metadata = *reinterpret_cast<MetadataExtension*>(extension)->metadata;
-    // What is used here has been there since 0.1, and XLA refuses versions newer than its own: so speak its version.
+    // XLA refuses versions newer than its own. What is used here has been there since 0.2, and XLA only appends to its
+    // structs: so speak its version.
     metadata.version.major = 0;
-    metadata.version.minor = frame.api ? frame.api->version.minor : 1;
+    metadata.version.minor = frame.api ? frame.api->version.minor : 2;
     // Not for command buffers: the workspace is the call's, not the graph's, and would be gone when it is replayed.
     metadata.traits = 0;
     return true;

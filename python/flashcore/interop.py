@@ -154,7 +154,7 @@ class CuPy(NumPyLike):
         )
 
     def current_stream(self, index: int) -> int:
-        return int(self.module.cuda.get_current_stream().ptr)
+        return int(self.module.cuda.get_current_stream(index).ptr)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
         with like.device:

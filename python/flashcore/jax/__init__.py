@@ -6,7 +6,8 @@ that XLA gives, with a workspace from XLA's allocator. Nothing passes through Py
 
 from __future__ import annotations
 
-OLDEST = (0, 6, 0)
+#: the first whose FFI tells a function which device it is called for (API 0.2)
+OLDEST = (0, 8, 1)
 _needed = "jax>=" + ".".join(map(str, OLDEST))
 
 try:
@@ -17,8 +18,8 @@ except ImportError as error:
 if jax.__version_info__ < OLDEST:
     raise ImportError(f"flashcore.jax needs {_needed}, JAX {jax.__version__} is installed: pip install -U '{_needed}'")
 
-from .differentiable import attention, attention_varlen  # noqa: E402
 from .decode import attention_decode  # noqa: E402
+from .differentiable import attention, attention_varlen  # noqa: E402
 from .dot_product import dot_product_attention  # noqa: E402
 
 __all__ = ["attention", "attention_decode", "attention_varlen", "dot_product_attention"]

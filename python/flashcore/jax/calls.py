@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Optional
 
 import jax
@@ -172,7 +172,7 @@ def _check(call: Call, shapes: dict[str, Any]) -> None:
         raise refused
 
 
-@lru_cache(maxsize=None)
+@cache
 def _register() -> None:
     """Makes the library's functions known to XLA, once, and only after JAX's own start: a refusal would spoil that."""
     jax.default_backend()

@@ -49,9 +49,7 @@ def attention_decode(
 
     Raises: as `attention`. Has no gradient: NotImplementedError.
     """
-    refuse_tracers(
-        causal=causal, window=window, scale=scale, softcap=softcap, rotary_interleaved=rotary_interleaved
-    )
+    refuse_tracers(causal=causal, window=window, scale=scale, softcap=softcap, rotary_interleaved=rotary_interleaved)
     corner = "bottom_right" if causal is True else causal
     words = convert(layout, corner, window, scale, softcap, 0.0, 0, False, kernel).words()
     operands = vary_alike(

@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from ..attention import _bound
 from ..options import Causal, Layout, Window, convert
 from .calls import Call, given, invoke, refuse_tracers, vary_alike
+from .versions import MAY_SAVE_WHAT_IS_WANTED
 
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
@@ -152,7 +153,9 @@ def _forward(asked: Asked, operands: dict[str, Any], with_lse: bool) -> tuple[An
 def _forward_rule(asked: Asked, tensors: dict[str, Any], constants: dict[str, Any]) -> Any:
     operands = {name: x.value for name, x in {**tensors, **constants}.items()}
     out, lse = _forward(asked, operands, with_lse=True)
-    wanted = {name: None for name, x in tensors.items() if x.perturbed}  # its keys are known while tracing
+    wanted = {  # its keys are known while tracing
+        name: None for name, x in tensors.items() if x.perturbed or not MAY_SAVE_WHAT_IS_WANTED
+    }
     return (out, lse) if asked.with_lse else out, (operands, out, lse, wanted)
 
 

@@ -74,7 +74,9 @@ def dot_product_attention(
         bias = bias.astype(query.dtype if query.dtype == jnp.float64 else jnp.float32)
     mask = None if mask is None else array(mask, "mask")
     if mask is not None and mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be boolean (True = takes part), got {mask.dtype}; an additive mask is given as bias")
+        raise TypeError(
+            f"mask must be boolean (True = takes part), got {mask.dtype}; an additive mask is given as bias"
+        )
     window = None
     if local_window_size is not None:
         window, mask = _window(local_window_size, is_causal, used_k is not None, (rows, columns), mask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -81,9 +82,9 @@ def partitioned(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def of_results(call: Call, shapes: dict[str, Any], results: list[tuple[int, ...]]) -> list[Any]:
     """The shardings of results that are part of their types: where a mesh with explicit axes is set, or in shard_map."""
-    types = {name: jax.typeof(x) for name, x in shapes.items()} if hasattr(jax, "typeof") else shapes
-    mesh = getattr(getattr(types["q"], "sharding", None), "mesh", None)
-    if mesh is None or mesh.empty:
+    types = {name: jax.typeof(x) for name, x in shapes.items()}
+    mesh = types["q"].sharding.mesh
+    if mesh.empty:
         return [None] * len(results)
     axes = {} if call.dropout_p > 0 else _axes(call, mesh, types.values())
     return [_sharding(call, mesh, axes, name, shape) for name, shape in zip(call.results, results, strict=True)]
@@ -134,11 +135,19 @@ def _partition(call: Call, function: Callable[..., Any], mesh: Any, arrays: Any,
     sums = [_axes_summed_over(axes, part) if call.phase == "backward" else () for part in parts]
 
     def local(*arrays: Any) -> Any:
-        return tuple(
-            jax.lax.psum(x, over) if over else x for x, over in zip(function(*arrays), sums, strict=True)
-        )
+        with _one_device_of(jax.sharding.get_abstract_mesh()):
+            return tuple(jax.lax.psum(x, over) if over else x for x, over in zip(function(*arrays), sums, strict=True))
 
     return mesh, local, parts, operands
+
+
+def _one_device_of(mesh: Any) -> Any:
+    """What surrounds one device's part of a program: an explicit mesh would mark even the addition of two numbers with
+    a sharding, which XLA refuses."""
+    if mesh.empty:
+        return nullcontext()
+    manual = mesh.update(axis_types=(jax.sharding.AxisType.Manual,) * len(mesh.axis_names))
+    return jax.sharding.use_abstract_mesh(manual)
 
 
 def _axes_summed_over(axes: dict[str, Any], part: NamedSharding) -> tuple[Any, ...]:

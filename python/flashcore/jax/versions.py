@@ -1,7 +1,4 @@
-"""What is spelled differently from one JAX release to the next: the mesh axes along which a value varies in shard_map.
-
-Until 0.9 a type has them as `vma`, from 0.10 on in its `manual_axis_type`.
-"""
+"""What differs from one JAX release to the next."""
 
 from __future__ import annotations
 
@@ -10,13 +7,19 @@ from typing import Any
 
 import jax
 
+#: Before this, one function differentiated with respect to different arguments had to save the same things each time.
+MAY_SAVE_WHAT_IS_WANTED = jax.__version_info__ >= (0, 9, 2)
+
 
 def varying_axes(x: Any) -> frozenset[Any]:
-    """The mesh axes along which an array differs from device to device; none outside of shard_map."""
-    kind = jax.typeof(x) if hasattr(jax, "typeof") else None
+    """The mesh axes along which an array differs from device to device; none outside of shard_map.
+
+    Until 0.9 a type has them as `vma`, from 0.10 on in its `manual_axis_type`.
+    """
+    kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)
-    axes = getattr(kind, "vma", None) if manual is None else manual.varying
-    return frozenset(axes or ())
+    axes = getattr(kind, "vma", ()) if manual is None else manual.varying
+    return frozenset(axes)
 
 
 def shape_struct(shape: tuple[int, ...], dtype: Any, sharding: Any, varying: frozenset[Any]) -> Any:
