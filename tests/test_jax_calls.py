@@ -1,4 +1,4 @@
-"""flashcore.jax on each of JAX's devices: every feature under jit and vjp against the oracle, and what is refused when."""
+"""flashcore.jax on each of JAX's devices: every feature with gradients against the oracle, and what is refused."""
 
 import subprocess
 import sys

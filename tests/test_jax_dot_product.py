@@ -1,4 +1,4 @@
-"""flashcore.jax.dot_product_attention: the values and gradients of jax.nn.dot_product_attention, argument for argument."""
+"""flashcore.jax.dot_product_attention: values and gradients of jax.nn.dot_product_attention, argument for argument."""
 
 import inspect
 

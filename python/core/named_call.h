@@ -37,8 +37,8 @@ class NamedCall {
   void set_bounds(std::int64_t max_seqlen_q, std::int64_t max_seqlen_k);
   void set_rotary_interleaved(bool interleaved) { decode_.rotary.interleaved = interleaved; }
 
-  /// A dense array by the name it has in flashcore.attention and its like ("q", "k_cache", "dbias", …); for a name given
-  /// twice the later one counts. Throws InvalidArgument for a name or a rank that the call does not have.
+  /// A dense array by the name it has in flashcore.attention and its like ("q", "k_cache", "dbias", …); of a name given
+  /// twice the later one counts. Throws InvalidArgument for a name or a rank that the call has not.
   void add(std::string_view name, void* data, DType dtype, Device device, std::span<const std::int64_t> dims);
 
   /// Checked and dispatched, for the tensors without their mapped dimensions.

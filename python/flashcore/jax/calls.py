@@ -14,9 +14,6 @@ from ..options import LAYOUTS, ROW_ORDER
 from . import sharding
 from .versions import shape_struct, vary, varying_axes
 
-#: what must not be traced, because it is written into the program
-_STATIC = "it is written into the compiled program, so a plain Python value is needed (for jit: static_argnames)"
-
 
 class Call(NamedTuple):
     """Everything about a call but its arrays. Hashable: a static argument."""
@@ -54,14 +51,6 @@ def array(value: Any, name: str) -> Any:
 def given(**arrays: Any) -> dict[str, Any]:
     """Those of the arrays that are not None."""
     return {name: array(value, name) for name, value in arrays.items() if value is not None}
-
-
-def refuse_tracers(**words: Any) -> None:
-    """Raises TypeError for a traced value where the program needs a constant."""
-    for name, value in words.items():
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        if any(isinstance(part, jax.core.Tracer) for part in parts):
-            raise TypeError(f"{name}: a traced value given; {_STATIC}")
 
 
 def result_shapes(call: Call, shapes: dict[str, Any]) -> tuple[Any, ...]:

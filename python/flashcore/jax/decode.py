@@ -7,8 +7,8 @@ from typing import Any, Optional
 
 import jax
 
-from ..options import Causal, Layout, Window, convert
-from .calls import Call, given, invoke, refuse_tracers, vary_alike
+from ..options import Causal, Layout, Window, convert, refuse_traced
+from .calls import Call, given, invoke, vary_alike
 
 
 def attention_decode(
@@ -49,7 +49,7 @@ def attention_decode(
 
     Raises: as `attention`. Has no gradient: NotImplementedError.
     """
-    refuse_tracers(causal=causal, window=window, scale=scale, softcap=softcap, rotary_interleaved=rotary_interleaved)
+    refuse_traced(rotary_interleaved=rotary_interleaved, return_lse=return_lse)
     corner = "bottom_right" if causal is True else causal
     words = convert(layout, corner, window, scale, softcap, 0.0, 0, False, kernel).words()
     operands = vary_alike(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ..attention import _bound
-from ..options import Causal, Layout, Window, convert
-from .calls import Call, given, invoke, refuse_tracers, vary_alike
+from ..options import Causal, Layout, Window, convert, refuse_traced
+from .calls import Call, given, invoke, vary_alike
 from .versions import MAY_SAVE_WHAT_IS_WANTED
 
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
@@ -103,12 +103,13 @@ def attention_varlen(
     max_seqlen_k are static. causal=True needs one and the same array as cu_seqlens_q and cu_seqlens_k; where they are
     two, say "top_left" or "bottom_right". Otherwise as `attention`.
     """
-    refuse_tracers(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    refuse_traced(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     if causal is True:
         if cu_seqlens_q is not cu_seqlens_k or seqused_k is not None:
             raise ValueError(
-                "causal=True given with lengths that may differ between queries and keys; say which corner the diagonal "
-                "starts from, 'top_left' or 'bottom_right', or give one and the same array as cu_seqlens_q and cu_seqlens_k"
+                "causal=True given with lengths that may differ between queries and keys; say which corner the "
+                "diagonal starts from, 'top_left' or 'bottom_right', or give one and the same array as cu_seqlens_q "
+                "and cu_seqlens_k"
             )
         causal = "bottom_right"  # queries and keys are cut alike, so that all diagonals are one
     constants = given(
@@ -125,9 +126,7 @@ def attention_varlen(
 
 def _attend(words: Any, bounds: Any, with_lse: bool, tensors: dict[str, Any], constants: dict[str, Any]) -> Any:
     layout, causal, window, scale, softcap, dropout_p, seed, deterministic, kernel = words
-    refuse_tracers(
-        causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=with_lse
-    )
+    refuse_traced(return_lse=with_lse)
     asked = Asked(convert(*words).words(), (_bound(bounds[0]), _bound(bounds[1])), bool(with_lse))
     together = vary_alike({**tensors, **constants})
     return _differentiable(

@@ -8,7 +8,8 @@ from typing import Any, Literal, Optional, Union
 import jax
 import jax.numpy as jnp
 
-from .calls import array, refuse_tracers
+from ..options import refuse_traced
+from .calls import array
 from .differentiable import attention
 
 
@@ -50,7 +51,7 @@ def dot_product_attention(
 
     Raises: ValueError, TypeError while tracing: says what was given and what is allowed.
     """
-    refuse_tracers(scale=scale, is_causal=is_causal, local_window_size=local_window_size)
+    refuse_traced(scale=scale, is_causal=is_causal, local_window_size=local_window_size)
     if implementation not in (None, "flashcore"):
         raise ValueError(
             f"implementation={implementation!r} given; this is flashcore's: allowed are None and 'flashcore', "

@@ -81,7 +81,7 @@ def partitioned(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_results(call: Call, shapes: dict[str, Any], results: list[tuple[int, ...]]) -> list[Any]:
-    """The shardings of results that are part of their types: where a mesh with explicit axes is set, or in shard_map."""
+    """The shardings that are part of the results' types: within a mesh with explicit axes, and in shard_map."""
     types = {name: jax.typeof(x) for name, x in shapes.items()}
     mesh = types["q"].sharding.mesh
     if mesh.empty:
