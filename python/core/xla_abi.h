@@ -118,6 +118,13 @@ struct CreateError {
   Code code;
 };
 
+struct GetMessage {
+  std::size_t struct_size;
+  Extension* extensions;
+  Error* error;
+  const char* message;  // out; lives as long as the error
+};
+
 struct DestroyError {
   std::size_t struct_size;
   Extension* extensions;
@@ -164,7 +171,7 @@ struct Api {
   Version version;
   const void* internal;
   Error* (*create_error)(CreateError*);
-  Unused get_error_message;
+  void (*get_message)(GetMessage*);
   void (*destroy_error)(DestroyError*);
   Unused register_handler;
   Error* (*get_stream)(GetStream*);

@@ -1,6 +1,7 @@
 // A handler's call as XLA's C structs tell it.
 #include "xla_frame.h"
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -18,13 +19,23 @@ Request request(const Frame& frame) {
   return r;
 }
 
-/// Throws for an error of XLA's own, which has no words that the handler could add to.
-void check(const Frame& frame, Error* error, const char* what) {
-  if (!error) return;
+/// What an error of XLA's says; the error is gone then.
+std::string take_words(const Frame& frame, Error* error) {
+  GetMessage get{sizeof(GetMessage), nullptr, error, nullptr};
+  frame.api->get_message(&get);
+  std::string words = get.message ? get.message : "";
   DestroyError destroy{sizeof(DestroyError), nullptr, error};
   frame.api->destroy_error(&destroy);
-  throw std::runtime_error(what);
+  return words;
 }
+
+void check(const Frame& frame, Error* error, const char* what) {
+  if (error) throw std::runtime_error(what + (": " + take_words(frame, error)));
+}
+
+/// What the library asks of a workspace. XLA aligns no less in truth, but promises only kPromised.
+constexpr std::size_t kAlignment = 256;
+constexpr std::size_t kPromised = 16;
 
 }  // namespace
 
@@ -82,23 +93,19 @@ TakeScratch scratch_of(const Frame& frame) {
   return [&frame](std::size_t bytes) -> std::shared_ptr<void> {
     if (bytes == 0) return nullptr;
     auto allocate = request<AllocateMemory>(frame);
-    allocate.bytes = bytes;
-    allocate.alignment = 256;
-    Error* error = frame.api->allocate_memory(&allocate);
-    if (error) {
-      DestroyError destroy{sizeof(DestroyError), nullptr, error};
-      frame.api->destroy_error(&destroy);
-      throw OutOfMemory("XLA's allocator has no " + std::to_string(bytes) + " bytes left for flashcore's workspace");
-    }
-    return {allocate.data, [&frame, bytes](void* data) {
-              auto free = request<FreeMemory>(frame);
-              free.bytes = bytes;
-              free.data = data;
-              if (Error* failed = frame.api->free_memory(&free)) {
-                DestroyError destroy{sizeof(DestroyError), nullptr, failed};
-                frame.api->destroy_error(&destroy);
-              }
-            }};
+    allocate.bytes = bytes + kAlignment - kPromised;
+    allocate.alignment = kPromised;
+    if (Error* error = frame.api->allocate_memory(&allocate))
+      throw OutOfMemory("no workspace of " + std::to_string(bytes) + " bytes from XLA: " + take_words(frame, error));
+    const auto give_back = [&frame, given = allocate](void*) {
+      auto free = request<FreeMemory>(frame);
+      free.bytes = given.bytes;
+      free.data = given.data;
+      if (Error* error = frame.api->free_memory(&free)) take_words(frame, error);
+    };
+    void* aligned = allocate.data;
+    std::size_t room = allocate.bytes;
+    return {std::align(kAlignment, bytes, aligned, room), give_back};
   };
 }
 
