@@ -19,7 +19,7 @@ def run(*words, hide=None):
 
 def test_it_learns_where_to_look():
     pytest.importorskip("jax")
-    done = run("--steps", "80", "--lag", "3")
+    done = run("--steps", "60", "--lag", "3")
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss +([0-9.]+)", done.stdout)]
     assert losses[0] > 2

@@ -52,18 +52,19 @@ def exact64(x):
     return np.asarray(x).astype(np.float64)
 
 
-def check_with_gradients(problem, xp, rng, layout="bhsd"):
-    """out, lse and all gradients, through both results, of the jitted call."""
+def check_with_gradients(problem, xp, rng, layout="bhsd", jit=jax.jit):
+    """out, lse and all gradients, through both results."""
     arrays, words = problem.arrays(xp, layout), problem.keywords(xp)
     trained = {name: words.pop(name) for name in ("bias", "sinks") if name in words}
-    call = jax.jit(lambda q, k, v, more: fcj.attention(q, k, v, layout=layout, return_lse=True, **words, **more))
+    call = jit(lambda q, k, v, more: fcj.attention(q, k, v, layout=layout, return_lse=True, **words, **more))
     (out, lse), pull = jax.vjp(call, *arrays, trained)
     assert out.devices() == {xp.place}
     dout = rounded(rng.standard_normal(in_layout(exact64(out), layout).shape), problem.dtype)
     dlse = rounded(rng.standard_normal(lse.shape), lse_dtype(problem.dtype))
     dlse[~np.isfinite(exact64(lse))] = 0
     above = xp.array(in_layout(dout, layout), problem.dtype), xp.array(dlse, lse_dtype(problem.dtype))
-    *grads, more = jax.jit(pull)(above)
+    *grads, more = jit(pull)(above)
+    assert {x.dtype.name for x in (out, *grads)} == {problem.dtype}
     named = {f"d{n}": in_layout(exact64(g), layout) for n, g in zip("qkv", grads, strict=True)}
     named |= {f"d{n}": exact64(g) for n, g in more.items()}
 
@@ -86,6 +87,10 @@ def check_with_gradients(problem, xp, rng, layout="bhsd"):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_definition(case, xp, rng):
     check_with_gradients(make(case, "float32", rng), xp, rng)
+
+
+def test_outside_of_jit(xp, rng):
+    check_with_gradients(make(BY_NAME["everything"], "float32", rng), xp, rng, jit=lambda call: call)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -303,6 +308,8 @@ def test_wrong_shapes_are_refused_while_tracing(qkv):
         jax.eval_shape(lambda q: fcj.attention(q, k, v), abstract)
     with pytest.raises(ValueError, match=r"q must have shape"):
         fcj.attention(q[0], k, v)
+    with pytest.raises(ValueError, match=r"top_left.*bottom_right"):
+        jax.jit(lambda q: fcj.attention(q, k, v, causal=True))(q[:, :, :4])
 
 
 def test_wrong_dtypes_are_refused_while_tracing(qkv):

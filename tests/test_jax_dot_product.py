@@ -12,7 +12,7 @@ import jax.numpy as jnp  # noqa: E402
 
 B, H = 2, 8
 #: name: (T, S, N, K)
-SIZES = {"square": (11, 11, 4, 4), "gqa": (11, 11, 4, 2), "more_keys": (7, 13, 4, 1), "more_queries": (13, 7, 2, 2)}
+SIZES = {"square": (11, 11, 4, 2), "more_keys": (7, 13, 4, 1), "more_queries": (13, 7, 2, 2)}
 WINDOWS = (None, 3, (2, 0), (-1, 4))
 
 
@@ -86,22 +86,22 @@ def test_lengths(size, is_causal, window, rng):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_bias_of_any_shape_and_dtype(shape, dtype, rng):
     bias = jnp.asarray(rng.standard_normal(shape), dtype)
-    check(qkv(rng, "gqa"), sees_something("gqa"), 1e-2 if dtype == jnp.bfloat16 else 2e-5, bias=bias)
+    check(qkv(rng, "square"), sees_something("square"), 1e-2 if dtype == jnp.bfloat16 else 2e-5, bias=bias)
 
 
 @pytest.mark.parametrize("window", [None, (-1, 4)], ids=["plain", "window_as_mask"])
 def test_mask(window, rng):
     mask = jnp.asarray(rng.random((B, 1, 11, 11)) < 0.7)
-    check(qkv(rng, "gqa"), sees_something("gqa", window=window, mask=mask), mask=mask, local_window_size=window)
+    check(qkv(rng, "square"), sees_something("square", window=window, mask=mask), mask=mask, local_window_size=window)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
 def test_halves(dtype, rng):
-    check(qkv(rng, "gqa", dtype), sees_something("gqa"), 2e-2, is_causal=True)
+    check(qkv(rng, "square", dtype), sees_something("square"), 2e-2, is_causal=True)
 
 
 def test_without_a_batch(rng):
-    q, k, v = (x[0] for x in qkv(rng, "gqa"))
+    q, k, v = (x[0] for x in qkv(rng, "square"))
     mine, theirs = (
         jax.jit(lambda *x, attend=attend: attend(*x, is_causal=True))(q, k, v)
         for attend in (fcj.dot_product_attention, jax.nn.dot_product_attention)
@@ -113,7 +113,7 @@ def test_residual(rng):
     arguments = inspect.signature(jax.nn.dot_product_attention).parameters
     if "return_residual" not in arguments:
         pytest.skip("this JAX does not return it")
-    for arrays in (qkv(rng, "gqa"), [x[0] for x in qkv(rng, "gqa")]):
+    for arrays in (qkv(rng, "square"), [x[0] for x in qkv(rng, "square")]):
         mine, theirs = (
             jax.jit(lambda *x, attend=attend: attend(*x, is_causal=True, return_residual=True))(*arrays)
             for attend in (fcj.dot_product_attention, jax.nn.dot_product_attention)

@@ -1,5 +1,10 @@
 """flashcore.jax under vmap: each place gives what the call gives there alone, in one call where that can be said."""
 
+import os
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -110,27 +115,28 @@ def test_decode_that_appends(shared, rng):
     check(lambda x: fcj.attention_decode(**x), axes, given)
 
 
-@pytest.mark.parametrize("shapes,axes,folds", MAPPED.values(), ids=MAPPED)
-def test_is_one_call_where_more_batch_says_it(shapes, axes, folds, rng, tmp_path):
-    """As the library's own log tells: one line for each plan that is made while the program runs."""
-    import subprocess
-    import sys
-
-    if isinstance(axes, str):
-        axes = {name: None for name in shapes if name != axes}
-    axes = {name: axes.get(name, 0) for name in shapes}
+@pytest.fixture(scope="module")
+def plans():
+    """name -> how many calls of the library the mapped call is: its log has a line for each, while the program runs."""
     program = (
         "import os, jax, jax.numpy as jnp, flashcore.jax as fcj\n"
-        f"x = {{name: jnp.ones(shape) for name, shape in {shapes!r}.items()}}\n"
-        f"call = jax.jit(jax.vmap(lambda x: fcj.attention(**x), in_axes=({axes!r},))).lower(x).compile()\n"
-        "os.write(2, b'now it runs\\n')\n"
-        "call(x).block_until_ready()\n"
+        f"for name, (shapes, axes, _) in {MAPPED!r}.items():\n"
+        "    x = {n: jnp.ones(shape) for n, shape in shapes.items()}\n"
+        "    axes = {n: None for n in x if n != axes} if isinstance(axes, str) else axes\n"
+        "    axes = {n: axes.get(n, 0) for n in x}\n"
+        "    call = jax.jit(jax.vmap(lambda x: fcj.attention(**x), in_axes=(axes,))).lower(x).compile()\n"
+        "    os.write(2, f'begin {name}\\n'.encode())\n"
+        "    call(x).block_until_ready()\n"
+        "    os.write(2, b'end\\n')\n"
     )
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "FLASHCORE_LOG": "plan"}
     )
     assert done.returncode == 0, done.stderr
-    running = done.stderr.split("now it runs\n")[1]
-    assert running.count("fwd ") == (1 if folds else N), running
+    parts = re.findall(r"^begin (\w+)\n(.*?)^end$", done.stderr, flags=re.MULTILINE | re.DOTALL)
+    return {name: log.count("fwd ") for name, log in parts}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_is_one_call_where_more_batch_says_it(name, plans):
+    assert plans[name] == (1 if MAPPED[name][2] else N)
