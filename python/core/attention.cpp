@@ -361,6 +361,7 @@ void bind_options(nb::module_& m) {
             return nb::make_tuple(static_cast<int>(o.layout), static_cast<int>(o.mask.kind), o.mask.left, o.mask.right,
                                   o.scale, o.softcap, o.dropout_p, o.seed, o.deterministic, self.kernel);
           },
+          nb::sig("def words(self) -> tuple[int, int, int, int, float | None, float, float, int, bool, str]"),
           "What the constructor was given.");
 }
 

@@ -74,11 +74,10 @@ def attention_decode(
     )
     results = ("out", *(("lse",) if return_lse else ()), *(() if k_new is None else ("k_cache", "v_cache")))
     names = tuple(sorted(operands))  # the order in which jit hands a dictionary on
-    made = _decode(Call("decode", words, names, results, rotary_interleaved=bool(rotary_interleaved)), operands)
+    made = _compiled(Call("decode", words, names, results, rotary_interleaved=bool(rotary_interleaved)), operands)
     return made if len(made) > 1 else made[0]
 
 
-@partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _decode(call: Call, operands: dict[str, Any]) -> tuple[Any, ...]:
     return invoke(call, operands)
@@ -88,4 +87,5 @@ def _refuse(call: Call, operands: dict[str, Any]) -> Any:
     raise NotImplementedError("flashcore.jax.attention_decode has no gradient; flashcore.jax.attention has one")
 
 
-_decode.__wrapped__.defvjp(_refuse, _refuse)
+_decode.defvjp(_refuse, _refuse)
+_compiled = jax.jit(_decode, static_argnums=0)

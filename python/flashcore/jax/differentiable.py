@@ -129,15 +129,12 @@ def _attend(words: Any, bounds: Any, with_lse: bool, tensors: dict[str, Any], co
     refuse_traced(return_lse=with_lse)
     asked = Asked(convert(*words).words(), (_bound(bounds[0]), _bound(bounds[1])), bool(with_lse))
     together = vary_alike({**tensors, **constants})
-    return _differentiable(
-        asked, {name: together[name] for name in tensors}, {name: together[name] for name in constants}
-    )
+    return _compiled(asked, {name: together[name] for name in tensors}, {name: together[name] for name in constants})
 
 
 # ---- the function and its gradient ----------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=0)  # so that a call outside of jit is compiled once, too
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(asked: Asked, tensors: dict[str, Any], constants: dict[str, Any]) -> Any:
     results = _forward(asked, {**tensors, **constants}, asked.with_lse)
@@ -172,7 +169,8 @@ def _backward_rule(asked: Asked, saved: Any, cotangents: Any) -> Any:
     return tensors, None
 
 
-_differentiable.__wrapped__.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+_differentiable.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+_compiled = jax.jit(_differentiable, static_argnums=0)  # so that a call outside of jit is compiled once, too
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

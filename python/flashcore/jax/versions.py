@@ -29,7 +29,7 @@ def shape_struct(shape: tuple[int, ...], dtype: Any, sharding: Any, varying: fro
     if hasattr(jax.sharding, "ManualAxisType"):
         kind = jax.sharding.ManualAxisType(varying=varying)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, vma=varying)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, vma=varying)  # type: ignore[call-arg]
 
 
 def vary(x: Any, axes: Iterable[Any]) -> Any:
@@ -37,4 +37,6 @@ def vary(x: Any, axes: Iterable[Any]) -> Any:
     missing = tuple(set(axes) - varying_axes(x))
     if not missing:
         return x
-    return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, missing, to="varying")
+    return jax.lax.pvary(x, missing)  # type: ignore[attr-defined]  # until 0.8
