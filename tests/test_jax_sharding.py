@@ -8,9 +8,10 @@ import subprocess
 import sys
 import textwrap
 
+import flashcore as fc
 import pytest
 
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
@@ -57,6 +58,10 @@ BY_SHARD_MAP = """
 shard_map = getattr(jax, "shard_map", None)
 if shard_map is None:
     from jax.experimental.shard_map import shard_map
+try:
+    shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=specs["q"])({{**given, "q": given["q"][..., None]}})
+except ValueError as error:
+    assert "q must have shape (batch, heads, seqlen, head_dim)" in str(error), error
 local = shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=specs["q"])
 near(jax.jit(local)(given), expected)
 near(jax.jit(lambda x: grads(x, local))(given), expected_grads)
@@ -118,9 +123,16 @@ PARTS = {
 }
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def platform(request):
+    if request.param == "cuda" and not (fc.device_count() > 1 and jax.default_backend() == "gpu"):
+        pytest.skip("needs two GPUs that JAX sees")
+    return request.param
+
+
 @pytest.mark.parametrize("heads_k", [4, 1], ids=["gqa", "mqa"])
 @pytest.mark.parametrize("cut", ["batch", "heads"])
-def test_cut_over_two_devices(cut, heads_k):
+def test_cut_over_two_devices(cut, heads_k, platform):
     """Each device attends to its part; gradients of what both share are summed; nothing is gathered."""
     program = (PROGRAM + "".join(f"print({name!r}, flush=True)\n{part}" for name, part in PARTS.items())).format(
         cut=cut, heads_k=heads_k
@@ -128,7 +140,7 @@ def test_cut_over_two_devices(cut, heads_k):
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": platform,
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     done = subprocess.run(

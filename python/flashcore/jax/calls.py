@@ -53,14 +53,14 @@ def given(**arrays: Any) -> dict[str, Any]:
     return {name: array(value, name) for name, value in arrays.items() if value is not None}
 
 
-def result_shapes(call: Call, shapes: dict[str, Any]) -> tuple[Any, ...]:
-    """What each result looks like; `shapes` are the operands, or anything with their shapes and dtypes."""
+def results_of(call: Call, shapes: dict[str, Any]) -> list[tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each result; `shapes` are the operands, or anything with their shapes and dtypes."""
     mapped = np.broadcast_shapes(*(x.shape[: call.mapped] for x in shapes.values())) if call.mapped else ()
     q = shapes["q"]
     v = shapes["v_cache" if call.phase == "decode" else "v"]
     own = q.shape[call.mapped :]
 
-    def shape_of(name: str) -> Any:
+    def of(name: str) -> Any:
         if name == "out":
             float8 = q.dtype == jnp.float8_e4m3fn
             return (*own[:-1], *v.shape[-1:]), jnp.dtype(jnp.bfloat16) if float8 else q.dtype
@@ -70,10 +70,7 @@ def result_shapes(call: Call, shapes: dict[str, Any]) -> tuple[Any, ...]:
         like = shapes[name if name in shapes else name.removeprefix("d")]
         return like.shape[call.mapped :], like.dtype
 
-    looks = [((*mapped, *shape), dtype) for shape, dtype in map(shape_of, call.results)]
-    shardings = sharding.of_results(call, shapes, [shape for shape, _ in looks])
-    varying = varying_axes(q)  # as of all operands: vary_alike made them so
-    return tuple(shape_struct(*look, cut, varying) for look, cut in zip(looks, shardings, strict=True))
+    return [((*mapped, *shape), dtype) for shape, dtype in map(of, call.results)]
 
 
 def invoke(call: Call, arrays: dict[str, Any]) -> tuple[Any, ...]:
@@ -127,9 +124,13 @@ def _ffi_call(call: Call, arrays: tuple[Any, ...]) -> Any:
         "mapped": call.mapped,
     }
     numbers = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+    shapes = dict(zip(call.operands, arrays, strict=True))
+    looks = results_of(call, shapes)
+    shardings = sharding.of_results(call, shapes, [shape for shape, _ in looks])
+    varying = varying_axes(shapes["q"])  # as of all operands: vary_alike made them so
     run = jax.ffi.ffi_call(
         f"flashcore_{call.phase}",
-        result_shapes(call, dict(zip(call.operands, arrays, strict=True))),
+        tuple(shape_struct(*look, cut, varying) for look, cut in zip(looks, shardings, strict=True)),
         input_output_aliases=call.written_in_place,
     )
     return run(
@@ -143,9 +144,10 @@ def _ffi_call(call: Call, arrays: tuple[Any, ...]) -> Any:
 
 
 def _check(call: Call, shapes: dict[str, Any]) -> None:
-    """Raises for a call that can never run. Neither data nor, for most of it, the device matters."""
-    results = dict(zip(call.results, result_shapes(call, shapes), strict=True))
-    tensors = [(name, str(x.dtype), tuple(x.shape)) for name, x in {**shapes, **results}.items()]
+    """Raises for a call that can never run. Neither data nor, but for the choice of a kernel, the device matters."""
+    looks = {name: (x.shape, x.dtype) for name, x in shapes.items()}
+    looks |= dict(zip(call.results, results_of(call, shapes), strict=True))
+    tensors = [(name, str(dtype), tuple(shape)) for name, (shape, dtype) in looks.items()]
     gpu = jax.default_backend() == "gpu" and _core.device_count() > 0
     places = (True, False) if gpu else (False, True) if _core.device_count() > 0 else (False,)
     refused: Optional[Exception] = None

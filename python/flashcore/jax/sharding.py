@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import jax
@@ -96,10 +97,9 @@ def of_results(call: Call, shapes: dict[str, Any], results: list[tuple[int, ...]
 def _axes(call: Call, mesh: Any, arrays: Any) -> dict[str, Any]:
     """letter -> the mesh axes that q's own sharding cuts it with, where they divide it; H for both kinds of heads."""
     shapes = dict(zip(call.operands, arrays, strict=True))
-    q, k = shapes["q"], shapes["k_cache" if call.phase == "decode" else "k"]
+    q, keys = shapes["q"], "k_cache" if call.phase == "decode" else "k"
     sizes = dict(zip(dimensions(call, "q", len(q.shape)), q.shape, strict=True))
-    names = dimensions(call, "k_cache" if call.phase == "decode" else "k", len(k.shape))
-    heads_k = k.shape[names.index("H")]
+    heads_k = shapes[keys].shape[dimensions(call, keys, len(shapes[keys].shape)).index("H")]
     spec = getattr(q.sharding, "spec", None) or ()
     axes = {}
     for letter, entry in zip(sizes, spec, strict=False):
@@ -164,31 +164,26 @@ def _axes_summed_over(axes: dict[str, Any], part: NamedSharding) -> tuple[Any, .
 
 def _rule(call: Call, arrays: Any, results: Any) -> SdyShardingRule:
     """Dimensions that are cut together share a factor; query heads are (key/value heads, group)."""
-    shapes = [(name, tuple(x.shape)) for name, x in zip(call.operands, arrays, strict=True)]
-    outs = [(name, tuple(x.shape)) for name, x in zip(call.results, results, strict=True)]
-    heads = {}
-    for name, shape in shapes:
-        heads.update({letter: n for letter, n in zip(dimensions(call, name, len(shape)), shape, strict=True) if n != 1})
-    group = heads.get("h", 1) // heads.get("H", 1)
-    alone = 0
+    sizes = {}
+    for name, x in zip(call.operands, arrays, strict=True):
+        sizes.update(
+            {letter: n for letter, n in zip(dimensions(call, name, len(x.shape)), x.shape, strict=True) if n != 1}
+        )
+    group = sizes.get("h", 1) // sizes.get("H", 1)
+    own = (f"own{i}" for i in count())
 
-    def mapping(name: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
-        nonlocal alone
-        factors: list[Any] = []
-        for letter, size in zip(dimensions(call, name, len(shape)), shape, strict=True):
-            if size == 1 or not _is_cut(letter):
-                factors.append(f"own{alone}")
-                alone += 1
-            elif letter == "h" and group > 1:
-                factors.append(("heads", "group") if group < size else "group")
-            else:
-                factors.append("heads" if letter in "hH" else f"mapped{letter}" if letter.isdigit() else "batch")
-        return tuple(factors)
+    def factor(letter: str, size: int) -> Any:
+        if size == 1 or not _is_cut(letter):
+            return next(own)
+        if letter == "h" and group > 1:
+            return CompoundFactor("heads", "group") if "H" in sizes else "group"
+        return "heads" if letter in "hH" else "batch" if letter == "b" else f"mapped{letter}"
 
-    def array_mapping(name: str, shape: tuple[int, ...]) -> Any:
-        return ArrayMapping(*(CompoundFactor(*f) if isinstance(f, tuple) else f for f in mapping(name, shape)))
+    def mapping(name: str, x: Any) -> ArrayMapping:
+        return ArrayMapping(*map(factor, dimensions(call, name, len(x.shape)), x.shape))
 
-    sizes = {"group": group} if group > 1 and "H" in heads else {}
     return SdyShardingRule(
-        tuple(array_mapping(*each) for each in shapes), tuple(array_mapping(*each) for each in outs), **sizes
+        tuple(map(mapping, call.operands, arrays)),
+        tuple(map(mapping, call.results, results)),
+        **({"group": group} if group > 1 and "H" in sizes else {}),
     )
