@@ -56,21 +56,28 @@ function(flashcore_discover_tests program)
     TEST_FILTER "*ReferenceShapes*cuda*:*SameBits*cuda*:*OddSizes*cuda*" PROPERTIES TIMEOUT 300 LABELS cuda)
 endfunction()
 
-# Installs the build into a prefix of its own, then configures, builds and runs install/ against it.
+# Installs the build into a prefix of its own, then configures, builds and runs programs against it: install/ and the
+# example in examples/cpp.
 function(flashcore_add_install_test)
   set(work ${CMAKE_CURRENT_BINARY_DIR}/install_test)
   add_test(NAME install.prefix
     COMMAND ${CMAKE_COMMAND} --install ${PROJECT_BINARY_DIR} --prefix ${work}/prefix --config $<CONFIG>)
-  add_test(NAME install.consumer
+  set_tests_properties(install.prefix PROPERTIES FIXTURES_SETUP flashcore_prefix TIMEOUT 120)
+  _flashcore_add_consumer_test(consumer ${CMAKE_CURRENT_SOURCE_DIR}/install consumer ${work}
+    -DFLASHCORE_EXPECTED_VERSION=${PROJECT_VERSION})
+  _flashcore_add_consumer_test(example ${PROJECT_SOURCE_DIR}/examples/cpp attention ${work})
+endfunction()
+
+function(_flashcore_add_consumer_test name source program work)
+  add_test(NAME install.${name}
     COMMAND ${CMAKE_CTEST_COMMAND}
-      --build-and-test ${CMAKE_CURRENT_SOURCE_DIR}/install ${work}/build
+      --build-and-test ${source} ${work}/${name}
       --build-generator ${CMAKE_GENERATOR} --build-makeprogram ${CMAKE_MAKE_PROGRAM} --build-noclean
       --build-options
         -DCMAKE_PREFIX_PATH=${work}/prefix -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}
-        -DCMAKE_BUILD_TYPE=Release -DFLASHCORE_EXPECTED_VERSION=${PROJECT_VERSION}
-      --test-command consumer)
-  set_tests_properties(install.prefix PROPERTIES FIXTURES_SETUP flashcore_prefix TIMEOUT 120)
-  set_tests_properties(install.consumer PROPERTIES FIXTURES_REQUIRED flashcore_prefix TIMEOUT 300)
+        -DCMAKE_BUILD_TYPE=Release ${ARGN}
+      --test-command ${program})
+  set_tests_properties(install.${name} PROPERTIES FIXTURES_REQUIRED flashcore_prefix TIMEOUT 300)
 endfunction()
 
 # What is compiled for one instruction set stays in its own object file.

@@ -124,6 +124,18 @@ def test_numpy_dtypes_that_are_no_floats_are_refused(dtype):
         fc.attention(x, x, x)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3", "float6_e2m3fn", "int4"])
+def test_ml_dtypes_that_flashcore_does_not_know_are_refused(dtype):
+    """The message names those that it knows: float8_e4m3fn differs from some of these in two letters."""
+    import ml_dtypes
+
+    if not hasattr(ml_dtypes, dtype):
+        pytest.skip(f"this ml_dtypes has no {dtype}")
+    x = np.ones(SHAPE).astype(getattr(ml_dtypes, dtype))
+    with pytest.raises(TypeError, match=rf"q: dtype {dtype} given; allowed dtypes: .*bfloat16.*float8_e4m3fn"):
+        fc.attention(x, x, x)
+
+
 def test_numpy_masked_arrays_are_refused(rng):
     x = np.ma.masked_array(rng.standard_normal(SHAPE).astype(np.float32), mask=True)
     with pytest.raises(TypeError, match=r"mask"):
@@ -296,6 +308,89 @@ def test_cupy_stream_is_followed(rng):
     np.testing.assert_array_equal(cupy.asnumpy(out), cupy.asnumpy(expected))
 
 
+def _cupy(at_least=1, gpus=1):
+    """CuPy, where it is there and sees enough GPUs."""
+    cupy = pytest.importorskip("cupy")
+    if fc.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    if int(cupy.__version__.split(".")[0]) < at_least:
+        pytest.skip(f"needs CuPy {at_least}")
+    return cupy
+
+
+def test_cupy_arrays_of_another_gpu_run_there_on_its_own_stream(rng):
+    """The current stream is a matter of each device: that of the arrays counts, not that of the current device."""
+    cupy = _cupy(gpus=2)
+    with cupy.cuda.Device(1):
+        q, k, v = qkv(KINDS["cupy"](), rng)
+        expected = fc.attention(q, k, v)
+        late = cupy.zeros_like(v)
+        side = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.Device().synchronize()
+        side.use()
+        for _ in range(50):
+            late += v / 50
+        cupy.copyto(late, v)
+    out = fc.attention(q, k, late)
+    assert out.device.id == 1
+    side.synchronize()
+    np.testing.assert_array_equal(cupy.asnumpy(out), cupy.asnumpy(expected))
+    with cupy.cuda.Device(1):
+        cupy.cuda.Stream.null.use()
+
+
+def test_cupy_stream_argument_and_out(rng):
+    cupy = _cupy()
+    q, k, v = qkv(KINDS["cupy"](), rng)
+    out, side = cupy.empty_like(q), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    assert fc.attention(q, k, v, out=out, stream=side) is out
+    side.synchronize()
+    np.testing.assert_array_equal(cupy.asnumpy(out), cupy.asnumpy(fc.attention(q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3"])
+def test_cupy_arrays_of_ml_dtypes(dtype, rng):
+    cupy = _cupy(at_least=14)
+    q, k, v = (cupy.asarray(x) for x in qkv(KINDS["numpy"](), rng, dtype))
+    out = fc.attention(q, k, v)
+    assert isinstance(out, cupy.ndarray)
+    assert out.dtype.name == "bfloat16"
+    exact, _ = reference.attention(*(cupy.asnumpy(x).astype(np.float64) for x in (q, k, v)))
+    np.testing.assert_allclose(cupy.asnumpy(out).astype(np.float64), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_numpy_beside_cupy_is_refused(rng):
+    cupy = _cupy()
+    q, k, v = qkv(KINDS["numpy"](), rng)
+    with pytest.raises(TypeError, match=r"k is a cupy\.ndarray, but .* numpy\.ndarray"):
+        fc.attention(q, cupy.asarray(k), v)
+
+
+def test_producers_on_a_gpu_are_waited_for(rng):
+    """The consumer's stream is told to `__dlpack__`, which orders the producer's work before it."""
+    cupy = _cupy()
+    q, k, v = qkv(KINDS["cupy"](), rng)
+    expected = fc.attention(q, k, v)
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True):
+        late = cupy.zeros_like(v)
+        for _ in range(50):
+            late += v / 50
+        cupy.copyto(late, v)
+        out = fc.attention(Producer(q), Producer(k), Producer(late))
+        assert out.__dlpack_device__() == (2, 0)
+        np.testing.assert_array_equal(cupy.asnumpy(cupy.from_dlpack(out)), cupy.asnumpy(expected))
+
+
+@pytest.mark.parametrize("word", ["causal", "window", "scale", "softcap", "dropout_p", "seed"])
+def test_words_that_jax_traces_are_refused(word, rng):
+    jax = pytest.importorskip("jax")
+    q, k, v = qkv(KINDS["numpy"](), rng)
+    with pytest.raises(TypeError, match=rf"{word}: a traced value given.*plain Python value"):
+        jax.jit(lambda x: fc.attention(q, k, v, **{word: (x, 0) if word == "window" else x}))(1)
+
+
 def test_jax_arrays_cannot_be_out(rng):
     pytest.importorskip("jax")
     q, k, v = qkv(KINDS["jax"](), rng)
@@ -341,6 +436,33 @@ def test_unknown_producers_get_an_object_with_dlpack(kind, rng):
     expected, expected_lse = fc.attention(q, k, v, return_lse=True)
     np.testing.assert_array_equal(np.from_dlpack(out), expected)
     np.testing.assert_array_equal(np.from_dlpack(lse), expected_lse)
+
+
+def test_every_call_takes_unknown_producers(rng):
+    """The same numbers as for NumPy, each result with `__dlpack__`."""
+    q, k, v = qkv(KINDS["numpy"](), rng)
+    out, lse = fc.attention(q, k, v, return_lse=True)
+    cuts, held = np.array([0, 4, 9], np.int32), np.array([5, 8], np.int32)
+    packed = [np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in (q, k, v)]
+    calls = {
+        "varlen": lambda give: fc.attention_varlen(*map(give, (*packed, cuts, cuts)), causal=True),
+        "decode": lambda give: fc.attention_decode(*map(give, (q[:, :, :1].copy(), k, v, held))),
+        "backward": lambda give: fc.attention_backward(*map(give, (out, q, k, v, out, lse))),
+        "merge": lambda give: fc.merge_states(*map(give, (out, lse, out, lse))),
+        "plan": lambda give: fc.plan(*map(give, (q, k, v)))(*map(give, (q, k, v))),
+        "vector_add": lambda give: fc.vector_add(give(q), give(k)),
+        "reduce": lambda give: fc.reduce(give(q), "max", axis=1),
+    }
+    for name, call in calls.items():
+        mine, expected = call(Producer), call(lambda x: x)
+        pairs = zip(mine, expected, strict=True) if isinstance(expected, tuple) else [(mine, expected)]
+        for a, b in pairs:
+            np.testing.assert_array_equal(np.from_dlpack(a), b, err_msg=name)
+
+
+def test_a_packed_producer_cannot_be_cut(rng):
+    with pytest.raises(TypeError, match=r"one packed .*Producer given, which cannot be cut into q, k and v"):
+        fc.attention(Producer(np.zeros((2, 3, 2, 9, 16), np.float32)))
 
 
 def test_what_flashcore_gives_it_also_takes(rng):

@@ -11,21 +11,12 @@
 #include "flashcore/attention.h"
 #include "flashcore/error.h"
 #include "flashcore/memory.h"
+#include "options.h"
 #include "shortcut.h"
 
 namespace flashcore::python {
 
 namespace {
-
-/// AttentionOptions that own their string. Stays where it was made: `value.kernel` looks into `kernel`.
-struct Options {
-  AttentionOptions value;
-  std::string kernel;
-
-  Options() = default;
-  Options(const Options&) = delete;
-  Options& operator=(const Options&) = delete;
-};
 
 /// One place in a tuple of arrays.
 struct Slot {
@@ -362,7 +353,16 @@ void bind_options(nb::module_& m) {
                            .kernel = self->kernel};
           },
           nb::arg("layout"), nb::arg("causal"), nb::arg("left"), nb::arg("right"), nb::arg("scale").none(),
-          nb::arg("softcap"), nb::arg("dropout_p"), nb::arg("seed"), nb::arg("deterministic"), nb::arg("kernel"));
+          nb::arg("softcap"), nb::arg("dropout_p"), nb::arg("seed"), nb::arg("deterministic"), nb::arg("kernel"))
+      .def(
+          "words",
+          [](const Options& self) {
+            const AttentionOptions& o = self.value;
+            return nb::make_tuple(static_cast<int>(o.layout), static_cast<int>(o.mask.kind), o.mask.left, o.mask.right,
+                                  o.scale, o.softcap, o.dropout_p, o.seed, o.deterministic, self.kernel);
+          },
+          nb::sig("def words(self) -> tuple[int, int, int, int, float | None, float, float, int, bool, str]"),
+          "What the constructor was given.");
 }
 
 }  // namespace

@@ -22,4 +22,5 @@ NB_MODULE(_core, m) {
   bind_memory(m);
   bind_device(m);
   bind_stopwatch(m);
+  bind_xla(m);
 }

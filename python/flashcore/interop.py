@@ -78,7 +78,12 @@ class Framework:
 
     def take(self, array: Any, axis: int, index: int) -> Any:
         """The part `index` of a dimension, as a view."""
-        return array[(slice(None),) * axis + (index,)]
+        try:
+            return array[(slice(None),) * axis + (index,)]
+        except TypeError:
+            raise TypeError(
+                f"one packed {qualified(type(array))} given, which cannot be cut into q, k and v; give those as arrays"
+            ) from None
 
 
 class NumPyLike(Framework):
@@ -130,7 +135,7 @@ class NumPyLike(Framework):
                 f"{name}: dtype {dtype.str!r} is not in this machine's byte order; "
                 f"convert it with {name}.astype({dtype.newbyteorder('=').name!r})"
             )
-        if dtype.kind not in "fiub" or dtype.itemsize > 8:
+        if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype.isbuiltin == 2:  # 2: of another package
             raise TypeError(f"{name}: dtype {dtype} given; {_ALLOWED}")
         return explain_refusal(array, name)
 
@@ -154,7 +159,7 @@ class CuPy(NumPyLike):
         )
 
     def current_stream(self, index: int) -> int:
-        return int(self.module.cuda.get_current_stream().ptr)
+        return int(self.module.cuda.get_current_stream(index).ptr)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
         with like.device:
@@ -311,9 +316,14 @@ def _classify_numpy(kind: type, name: str) -> Framework:
     return known.get(numpy.ndarray) or known.setdefault(numpy.ndarray, NumPy(numpy))
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a value is JAX's stand-in for one that only the compiled program will have."""
+    return "jax" in sys.modules and isinstance(value, sys.modules["jax"].core.Tracer)
+
+
 def _classify_jax(array: Any, name: str) -> Framework:
     jax = sys.modules["jax"]
-    if isinstance(array, jax.core.Tracer):
+    if is_traced(array):
         raise TypeError(f"{name}: a JAX tracer given; inside jit, grad and vmap use flashcore.jax.attention")
     return Jax(jax, type(array))
 
