@@ -68,6 +68,7 @@ if [[ -f ${GTest_ROOT:-}/CMakeLists.txt ]]; then
   step googletest bash -c 'build_googletest "$0"' "$GTest_ROOT" && export GTest_ROOT=$work/googletest-prefix
 fi
 
+workers=()  # of pytest, where its xdist is there: Python's tests use little of the GPU
 tests=$work/cmake/cpp_tests/flashcore_tests
 small='*cuda*:*Cuda*:-*ReferenceShapes*:*SameBits*:*OddSizes*'
 raced='*RowTest*cuda_*q130_k200*:*RowTest*cuda_sm90*q64_k257*:*RowTest*cuda_sm90*q150_k150*:CudaReduceTest.*'
@@ -85,7 +86,8 @@ if step build bash -c build_library; then
     --gtest_output="xml:$work/ctest-synccheck.xml"
 fi
 if step install bash -c install_package; then
-  step pytest "$python" -m pytest -q --junitxml="$work/pytest.xml"
+  "$python" -c 'import xdist' 2> /dev/null && workers=(--numprocesses "$(($(nproc) < 8 ? $(nproc) : 8))")
+  step pytest "$python" -m pytest -q "${workers[@]}" --junitxml="$work/pytest.xml"
   step pytest-memcheck "${memcheck[@]}" --target-processes all "$python" -m pytest -q -m sanitizer \
     --junitxml="$work/pytest-memcheck.xml"
 fi
