@@ -137,34 +137,38 @@ struct ShapeNames {
   }
 };
 
+using Multiply = void (*)(const unsigned char* a_tile, const unsigned char* b_tile, float* d);
+
+void expect_exact_products(Multiply kernel, int n, DType dtype, bool columns_of_b) {
+  Random random(static_cast<std::uint64_t>(n));
+  const Matrix a = random_matrix(random, kM, kK);
+  const Matrix b = random_matrix(random, kK, n);
+  const DeviceArray a_tile = to_device(tile_of(a, dtype), kGpu);
+  const DeviceArray b_tile = to_device(tile_of(columns_of_b ? b : transposed(b), dtype), kGpu);
+  const Results<float> result(static_cast<std::size_t>(kM * n));
+  run_kernel(kernel, 1, 128, kABytes + b_bytes(n, columns_of_b), static_cast<const unsigned char*>(a_tile.data()),
+             static_cast<const unsigned char*>(b_tile.data()), result.data());
+  const std::vector<float> d = result.host();
+  int wrong = 0;
+  for (int thread = 0; thread < 128; ++thread)
+    for (int e = 0; e < n / 2; ++e) {
+      const int row = fragment_row(thread, e);
+      const int column = fragment_column(thread, e);
+      double exact = 0;
+      for (int k = 0; k < kK; ++k) exact += a.at(row, k) * b.at(k, column);
+      const float actual = d[static_cast<std::size_t>(thread * (n / 2) + e)];
+      if (actual == exact) continue;
+      if (++wrong <= 3) ADD_FAILURE() << "(" << row << ", " << column << "): " << actual << " instead of " << exact;
+    }
+  EXPECT_EQ(wrong, 0) << "of " << kM * n;
+}
+
 template <class S>
 class CudaWgmmaTest : public HopperTest {
  protected:
   template <bool kARegisters, int kTransposeB>
-  void expect_exact_products() {
-    constexpr int kN = S::kN;
-    Random random(kN);
-    const Matrix a = random_matrix(random, kM, kK);
-    const Matrix b = random_matrix(random, kK, kN);
-    const DeviceArray a_tile = to_device(tile_of(a, S::kDType), kGpu);
-    const DeviceArray b_tile = to_device(tile_of(kTransposeB ? b : transposed(b), S::kDType), kGpu);
-    const Results<float> result(kM * kN);
-    run_kernel(multiply<kN, typename S::T, kARegisters, kTransposeB>, 1, 128, kABytes + b_bytes(kN, kTransposeB),
-               static_cast<const unsigned char*>(a_tile.data()), static_cast<const unsigned char*>(b_tile.data()),
-               result.data());
-    const std::vector<float> d = result.host();
-    int wrong = 0;
-    for (int thread = 0; thread < 128; ++thread)
-      for (int e = 0; e < kN / 2; ++e) {
-        const int row = fragment_row(thread, e);
-        const int column = fragment_column(thread, e);
-        double exact = 0;
-        for (int k = 0; k < kK; ++k) exact += a.at(row, k) * b.at(k, column);
-        const float actual = d[static_cast<std::size_t>(thread * (kN / 2) + e)];
-        if (actual == exact) continue;
-        if (++wrong <= 3) ADD_FAILURE() << "(" << row << ", " << column << "): " << actual << " instead of " << exact;
-      }
-    EXPECT_EQ(wrong, 0) << "of " << kM * kN;
+  void expect_exact() {
+    expect_exact_products(multiply<S::kN, typename S::T, kARegisters, kTransposeB>, S::kN, S::kDType, kTransposeB != 0);
   }
 };
 
@@ -174,10 +178,10 @@ using Shapes = ::testing::Types<Shape<64, Float16>, Shape<80, Float16>, Shape<96
                                 Shape<192, BFloat16>, Shape<256, BFloat16>>;
 TYPED_TEST_SUITE(CudaWgmmaTest, Shapes, ShapeNames);
 
-TYPED_TEST(CudaWgmmaTest, SharedAByRowsOfB) { this->template expect_exact_products<false, 0>(); }
-TYPED_TEST(CudaWgmmaTest, SharedAByColumnsOfB) { this->template expect_exact_products<false, 1>(); }
-TYPED_TEST(CudaWgmmaTest, RegistersByRowsOfB) { this->template expect_exact_products<true, 0>(); }
-TYPED_TEST(CudaWgmmaTest, RegistersByColumnsOfB) { this->template expect_exact_products<true, 1>(); }
+TYPED_TEST(CudaWgmmaTest, SharedAByRowsOfB) { this->template expect_exact<false, 0>(); }
+TYPED_TEST(CudaWgmmaTest, SharedAByColumnsOfB) { this->template expect_exact<false, 1>(); }
+TYPED_TEST(CudaWgmmaTest, RegistersByRowsOfB) { this->template expect_exact<true, 0>(); }
+TYPED_TEST(CudaWgmmaTest, RegistersByColumnsOfB) { this->template expect_exact<true, 1>(); }
 
 /// A·A[0:64]ᵀ and then A·A[0:64]ᵀ twice over, in two groups: the first is read while the second may still run.
 __global__ void __launch_bounds__(128) two_groups(const unsigned char* a_tile, float* first_out, float* second_out) {
