@@ -30,7 +30,10 @@ def test_python_runs(program, tmp_path):
     for module in NEEDED.findall(program):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    if "cupy" in program and subprocess.run([sys.executable, "-c", "import cupy; cupy.zeros(1)"], check=False).returncode:
+    if (
+        "cupy" in program
+        and subprocess.run([sys.executable, "-c", "import cupy; cupy.zeros(1)"], check=False).returncode
+    ):
         pytest.skip("CuPy finds no GPU")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

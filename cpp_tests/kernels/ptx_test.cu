@@ -1,5 +1,6 @@
 // The instruction wrappers of ptx/barrier.cuh and ptx/warp.cuh, one behaviour at a time. Writers dawdle, so that a wait
 // that does not wait is seen.
+#include <array>
 #include <cmath>
 
 #include "../support/float_formats.h"
@@ -48,9 +49,9 @@ TEST_F(CudaBarrierTest, AnMbarrierOpensAtItsLastArrival) {
 }
 
 /// One warp hands `rounds` words to another through one slot: a full and an empty barrier, whose parity alternates.
-__global__ void hand_over(int rounds, int* received) {
+__global__ void hand_over(int rounds, int4* received) {
   __shared__ std::uint64_t s_barriers[2];
-  __shared__ int s_word;
+  __shared__ int4 s_words;
   const std::uint32_t full = ptx::shared_address(&s_barriers[0]);
   const std::uint32_t empty = ptx::shared_address(&s_barriers[1]);
   if (threadIdx.x == 0) {
@@ -64,12 +65,12 @@ __global__ void hand_over(int rounds, int* received) {
     if (threadIdx.x == 0) {
       ptx::barrier_wait(empty, parity ^ 1);  // a fresh barrier lets the first pass through
       if (n % 3 == 0) dawdle();
-      ptx::store_shared(ptx::shared_address(&s_word), 7 - n);
+      ptx::store_shared(ptx::shared_address(&s_words), 7 - n, n, -n, 1);
       ptx::barrier_arrive(full);
     } else if (threadIdx.x == 32) {
       ptx::barrier_wait(full, parity);
       if (n % 5 == 0) dawdle();
-      received[n] = ptx::load_shared(ptx::shared_address(&s_word));
+      received[n] = ptx::load_shared_x4(ptx::shared_address(&s_words));
       ptx::barrier_arrive(empty);
     }
   }
@@ -77,11 +78,13 @@ __global__ void hand_over(int rounds, int* received) {
 
 TEST_F(CudaBarrierTest, ParityTellsTheRoundsOfARingApart) {
   constexpr int kRounds = 101;
-  const Results<int> received(kRounds);
+  const Results<int4> received(kRounds);
   run_kernel(hand_over, 1, 64, 0, kRounds, received.data());
-  std::vector<int> sent;
-  for (int n = 0; n < kRounds; ++n) sent.push_back(7 - n);
-  EXPECT_EQ(received.host(), sent);
+  const std::vector<int4> words = received.host();
+  for (int n = 0; n < kRounds; ++n) {
+    const int4& x = words[static_cast<std::size_t>(n)];
+    EXPECT_EQ((std::array{x.x, x.y, x.z, x.w}), (std::array{7 - n, n, -n, 1})) << "round " << n;
+  }
 }
 
 __global__ void wait_for_a_warp_that_goes_on(int* seen) {

@@ -172,9 +172,10 @@ class CudaWgmmaTest : public HopperTest {
   }
 };
 
-using Shapes = ::testing::Types<Shape<64, Float16>, Shape<80, Float16>, Shape<96, Float16>, Shape<128, Float16>,
-                                Shape<176, Float16>, Shape<192, Float16>, Shape<256, Float16>, Shape<64, BFloat16>,
-                                Shape<80, BFloat16>, Shape<96, BFloat16>, Shape<128, BFloat16>, Shape<176, BFloat16>,
+using Shapes = ::testing::Types<Shape<32, Float16>, Shape<64, Float16>, Shape<80, Float16>, Shape<96, Float16>,
+                                Shape<112, Float16>, Shape<128, Float16>, Shape<176, Float16>, Shape<192, Float16>,
+                                Shape<256, Float16>, Shape<32, BFloat16>, Shape<64, BFloat16>, Shape<80, BFloat16>,
+                                Shape<96, BFloat16>, Shape<112, BFloat16>, Shape<128, BFloat16>, Shape<176, BFloat16>,
                                 Shape<192, BFloat16>, Shape<256, BFloat16>>;
 TYPED_TEST_SUITE(CudaWgmmaTest, Shapes, ShapeNames);
 
