@@ -56,7 +56,22 @@ install_package() {
   CMAKE_ARGS="-DFLASHCORE_CUDA=ON -DFLASHCORE_ARCHS=$archs" "$python" -m pip install --no-index --no-deps \
     --no-build-isolation --upgrade --target "$site" .
 }
-export -f install_carried build_googletest build_library install_package
+
+# The C++ tests in a few processes of many tests: a process for each, as ctest has it, would set up CUDA a thousand times.
+run_tests() {
+  local shards=$(($(nproc) < 8 ? $(nproc) : 8)) shard status=0 running=()
+  for ((shard = 0; shard < shards; ++shard)); do
+    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard "$tests" --gtest_brief=1 \
+      --gtest_output="xml:$work/gtest.part$shard.xml" > "$work/gtest.part$shard.log" 2>&1 &
+    running+=($!)
+  done
+  for shard in "${!running[@]}"; do
+    wait "${running[shard]}" || status=$?
+    cat "$work/gtest.part$shard.log"
+  done
+  return "$status"
+}
+export -f install_carried build_googletest build_library install_package run_tests
 export work site python archs
 
 step gpu nvidia-smi
@@ -69,21 +84,22 @@ if [[ -f ${GTest_ROOT:-}/CMakeLists.txt ]]; then
 fi
 
 workers=()  # of pytest, where its xdist is there: Python's tests use little of the GPU
-tests=$work/cmake/cpp_tests/flashcore_tests
+export tests=$work/cmake/cpp_tests/flashcore_tests
 small='*cuda*:*Cuda*:-*ReferenceShapes*:*SameBits*:*OddSizes*'
 raced='*RowTest*cuda_*q130_k200*:*RowTest*cuda_sm90*q64_k257*:*RowTest*cuda_sm90*q150_k150*:CudaReduceTest.*'
 memcheck=(compute-sanitizer --tool memcheck --error-exitcode 99)
 racecheck=(compute-sanitizer --tool racecheck --error-exitcode 99)
 synccheck=(compute-sanitizer --tool synccheck --error-exitcode 99)
 if step build bash -c build_library; then
-  step ctest ctest --test-dir "$work/cmake" --parallel "$(nproc)" --no-tests=error --output-on-failure \
+  step gtest bash -c run_tests
+  step ctest ctest --test-dir "$work/cmake" --tests-regex '^(install|cpu)\.' --no-tests=error --output-on-failure \
     --output-junit "$work/ctest.xml"
-  step ctest-memcheck "${memcheck[@]}" "$tests" --gtest_filter="$small" --gtest_output="xml:$work/ctest-memcheck.xml"
+  step gtest-memcheck "${memcheck[@]}" "$tests" --gtest_filter="$small" --gtest_output="xml:$work/gtest-memcheck.xml"
   # Races in shared memory and misuse of barriers, on a few small shapes: every access is watched, which takes its time.
-  STEP_LIMIT=40 step ctest-racecheck "${racecheck[@]}" "$tests" --gtest_filter="$raced" \
-    --gtest_output="xml:$work/ctest-racecheck.xml"
-  STEP_LIMIT=20 step ctest-synccheck "${synccheck[@]}" "$tests" --gtest_filter="$raced:CudaBarrierTest.*" \
-    --gtest_output="xml:$work/ctest-synccheck.xml"
+  STEP_LIMIT=40 step gtest-racecheck "${racecheck[@]}" "$tests" --gtest_filter="$raced" \
+    --gtest_output="xml:$work/gtest-racecheck.xml"
+  STEP_LIMIT=20 step gtest-synccheck "${synccheck[@]}" "$tests" --gtest_filter="$raced:CudaBarrierTest.*" \
+    --gtest_output="xml:$work/gtest-synccheck.xml"
 fi
 if step install bash -c install_package; then
   "$python" -c 'import xdist' 2> /dev/null && workers=(--numprocesses "$(($(nproc) < 8 ? $(nproc) : 8))")

@@ -48,11 +48,17 @@ def cuda_runtime() -> str:
         return f"unknown ({error})"
 
 
-def read_tests(junit: Path) -> dict | None:
-    """Counts and names from a JUnit file of ctest, GoogleTest or pytest; None where the step wrote none."""
+def read_tests(work: Path, step: str) -> dict | None:
+    """Counts and names from a step's JUnit file, or from those of its parts, written by ctest, GoogleTest or pytest.
+
+    None where the step wrote none, or a broken one.
+    """
+    files = sorted([*work.glob(f"{step}.xml"), *work.glob(f"{step}.part*.xml")])
     try:
-        cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
+        cases = [case for file in files for case in ElementTree.parse(file).getroot().iter("testcase")]
     except (OSError, ElementTree.ParseError):
+        return None
+    if not files:
         return None
     skipped, failures = 0, []
     for case in cases:
@@ -71,7 +77,7 @@ def read_steps(work: Path) -> list[dict]:
     for line in (work / "steps.tsv").read_text().splitlines():
         name, status, seconds = line.split("\t")
         step: dict = {"name": name, "ok": status == "0", "exit_status": int(status), "seconds": int(seconds)}
-        tests = read_tests(work / f"{name}.xml")
+        tests = read_tests(work, name)
         if tests is not None:
             step["tests"] = tests
             step["ok"] = step["ok"] and tests["passed"] > 0  # a filter that matches nothing proves nothing
