@@ -143,8 +143,11 @@ struct SmallPart {
       s[i] = ptx::ex2(fmaf(s[i], scale_log2, offset[i >> 1 & 1]));
       sum[i >> 1 & 1] += s[i];
     }
-    sum[0] = tile::quad_sum(sum[0]);
-    sum[1] = tile::quad_sum(sum[1]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = tile::quad_sum(sum[r]);
+      if (sum[r] != sum[r]) exponent[r] = 0.0f;  // a NaN hides from maxima: the row sees keys, and its sum tells of it
+    }
   }
 
   __device__ __forceinline__ void scale(const float (&factor)[2]) {
