@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from ..device import device_count
+from ..device import device_count, device_info
 from .functional import attention
 from .ops import dense_rows
 
@@ -160,7 +161,8 @@ _HAS_CUDA = device_count() > 0
 def install() -> None:
     """Puts flashcore in the place of `torch.nn.functional.scaled_dot_product_attention`, for this whole process.
 
-    Calls that flashcore takes (`flashcore.supports`) go to it, all others to torch's own function. Code that looks the
+    Calls that flashcore takes (`flashcore.supports`) go to it, all others to torch's own function; on a GPU also those
+    that no fast kernel runs yet, for which torch's own is faster: gradients, dropout, float32, other chips. Code that looks the
     function up when it calls is served, torch.nn.MultiheadAttention for example; a name that was imported before keeps
     torch's own. Installing twice is installing once.
     """
@@ -231,9 +233,26 @@ def _takes(
         return False
     if key.shape[-2] != value.shape[-2]:
         return False
+    if query.is_cuda and not _is_fast(query, key, value, attn_mask, dropout_p):
+        return False
     if attn_mask is None or isinstance(attn_mask, CausalBias):
         return attn_mask is None or not is_causal
     dtypes = (torch.bool, torch.float32, query.dtype)
     return (
         not is_causal and type(attn_mask) in _ROUTED and attn_mask.dtype in dtypes and attn_mask.device == query.device
     )
+
+
+def _is_fast(query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], dropout_p: float) -> bool:
+    """Whether a fast CUDA kernel runs the call, not the reference."""
+    given = [x for x in (query, key, value, attn_mask) if isinstance(x, Tensor)]
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    is_narrow = query.dtype in (torch.float16, torch.bfloat16)
+    is_aligned = query.shape[-1] % 8 == 0 and value.shape[-1] % 8 == 0
+    is_known = is_narrow and is_aligned and dropout_p == 0 and not wants_gradient
+    return is_known and _has_fast_kernels(query.device.index)
+
+
+@cache
+def _has_fast_kernels(index: int) -> bool:
+    return device_info(index).compute_capability[0] == 9
