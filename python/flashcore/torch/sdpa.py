@@ -162,9 +162,9 @@ def install() -> None:
     """Puts flashcore in the place of `torch.nn.functional.scaled_dot_product_attention`, for this whole process.
 
     Calls that flashcore takes (`flashcore.supports`) go to it, all others to torch's own function; on a GPU also those
-    that no fast kernel runs yet, for which torch's own is faster: gradients, dropout, float32, other chips. Code that looks the
-    function up when it calls is served, torch.nn.MultiheadAttention for example; a name that was imported before keeps
-    torch's own. Installing twice is installing once.
+    that no fast kernel runs yet, for which torch's own is faster: gradients, dropout, float32, other chips. Code that
+    looks the function up when it calls is served, torch.nn.MultiheadAttention for example; a name that was imported
+    before keeps torch's own. Installing twice is installing once.
     """
     global _torchs_own
     if _torchs_own is None:
