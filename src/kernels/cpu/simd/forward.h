@@ -37,9 +37,8 @@ class Forward {
         s_(task.sequence),
         plane_(arena.take<float>(static_cast<std::int64_t>(plane_bytes(p.size.head_dim) / sizeof(float)))),
         rules_(p, s_, plane_),
-        engine_(p, s_, rules_, task.head_begin / (p.size.heads_q / p.size.heads_k), arena) {
-    const std::int64_t blocks = task.block_end - task.block_begin;
-    blocks_ = arena.take<QueryBlock>((task.head_end - task.head_begin) * blocks);
+        engine_(p, s_, rules_, task.head_begin / (p.size.heads_q / p.size.heads_k), blocks_of(task), arena) {
+    blocks_ = arena.take<QueryBlock>(blocks_of(task));
     for (std::int64_t head = task.head_begin; head < task.head_end; ++head)
       for (std::int64_t index = task.block_begin; index < task.block_end; ++index) {
         QueryBlock& b = blocks_[block_count_++];
@@ -70,6 +69,10 @@ class Forward {
   /// Room for a tile of a mask or bias, or for a vector of rotated queries.
   static std::size_t plane_bytes(std::int64_t head_dim) {
     return Arena::rounded_floats(max_of<std::int64_t>(kBlockKeys * kBlockQueries, head_dim * kLanes));
+  }
+
+  static std::int64_t blocks_of(const ForwardTask& task) {
+    return (task.head_end - task.head_begin) * (task.block_end - task.block_begin);
   }
 
   void start_block(QueryBlock& b, std::int64_t head, VectorRange range) {

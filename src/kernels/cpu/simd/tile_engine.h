@@ -101,8 +101,8 @@ class TileEngine {
 
   static std::size_t bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
     const std::int64_t blocks = span_blocks(head_dim, head_dim_v);
-    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
-           Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes) +
+    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
+           Arena::rounded_floats(KeyBlocks::floats(head_dim_v)) +
            Arena::rounded(static_cast<std::size_t>(2 * blocks * key_halves(head_dim))) +
            Arena::rounded(static_cast<std::size_t>(2 * blocks * value_halves(head_dim_v))) +
            Arena::rounded_floats(kParts * kBlockKeys / 2 * kBlockQueries) +
@@ -116,15 +116,15 @@ class TileEngine {
   }
 
   TileEngine(const detail::Params& p, const detail::Sequence& s, const ScoreRules& rules, std::int64_t head_k,
-             Arena& arena)
+             std::int64_t, Arena& arena)
       : p_(p),
         s_(s),
         head_k_(head_k),
         unit_(__builtin_fabsf(rules.query_scale())),
         sign_(rules.query_scale() < 0 ? -1.f : 1.f),
         tile_(arena.take<float>(kBlockKeys * kBlockQueries)),
-        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
-        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)),
+        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(KeyBlocks::floats(p.size.head_dim))),
+        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(KeyBlocks::floats(p.size.head_dim_v))),
         key_tiles_(
             arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) * key_halves(p.size.head_dim))),
         value_tiles_(arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) *
