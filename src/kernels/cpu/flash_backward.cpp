@@ -97,7 +97,7 @@ void plan_flash_backward(const Problem& problem, const DeviceInfo& device, Plan&
 
 void launch_flash_backward(const Plan& plan, const Params& params, void* workspace, Stream) {
   with_wide_storage(params.dtype, [&](auto storage) { clear_unowned_gradients<decltype(storage)>(params); });
-  const Isa& isa = chosen_isa();
+  const Isa& isa = isa_of(plan);
   const SizeParams& size = params.size;
   const int threads = std::min(plan.splits, threads_for(operations_of(params)));
   const std::size_t scratch = isa.backward_scratch(size.head_dim, size.head_dim_v);

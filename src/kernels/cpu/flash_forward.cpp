@@ -108,15 +108,17 @@ void clear_unowned_rows(const Params& p) {
   clear(owned, p.size.total_q);
 }
 
-void plan_flash_forward(const Problem&, const DeviceInfo&, Plan&) {
-  chosen_isa();  // these throw for settings that cannot be followed
-  num_threads();
+void plan_flash_forward(const Problem&, const DeviceInfo&, Plan& plan) {
+  plan.variant = &chosen_isa();
+  num_threads();  // throws for settings that cannot be followed
 }
 
-void launch_flash_forward(const Plan&, const Params& params, void*, Stream) {
+const Isa& isa_of(const Plan& plan) { return *static_cast<const Isa*>(plan.variant); }
+
+void launch_flash_forward(const Plan& plan, const Params& params, void*, Stream) {
   if (params.append.k_new.data) append_keys(params);
   clear_unowned_rows(params);
-  const Isa& isa = chosen_isa();
+  const Isa& isa = isa_of(plan);
   const int threads = threads_for(operations_of(params));
   const Cut cut = cut_call(params, isa, threads);
   const std::int64_t tasks = params.size.batch * params.size.heads_k * cut.head_chunks * cut.chunks;

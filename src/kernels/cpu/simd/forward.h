@@ -188,10 +188,12 @@ void run_forward(const detail::Params& params, const ForwardTask& task, void* sc
 
 #if defined(FLASHCORE_AMX)
 void forward(const detail::Params& params, const ForwardTask& task, void* scratch) {
-  // Note: rotated queries are floats with more digits than their storage type has. And to split few floats into three
-  // parts costs more than the products save.
-  const bool few_floats = params.dtype == DType::float32 && task.sequence.seqlen_k <= kBlockKeys;
-  if (params.rotary.dim > 0 || few_floats) return run_forward<FloatEngine>(params, task, scratch);
+  // Note: rotated queries are floats with more digits than their storage type has. And to split few numbers into two or
+  // three parts costs more than the products save.
+  const detail::Sequence& s = task.sequence;
+  const bool few_floats = params.dtype == DType::float32 && s.seqlen_k <= kBlockKeys;
+  const bool few_halves = params.dtype == DType::float16 && max_of(s.seqlen_q, s.seqlen_k) <= kBlockQueries;
+  if (params.rotary.dim > 0 || few_floats || few_halves) return run_forward<FloatEngine>(params, task, scratch);
   const TileScope tiles;
   with_storage(params.dtype,
                [&](auto storage) { run_forward<TileEngine<kPartsOf<decltype(storage)>>>(params, task, scratch); });
