@@ -9,7 +9,12 @@ namespace flashcore::cpu {
 
 struct Isa;
 
-/// Throws InvalidArgument where FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be followed.
+/// Chooses the instruction set. Throws InvalidArgument where FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be
+/// followed.
+void plan_settings(detail::Plan& plan);
+/// What was chosen.
+const Isa& isa_of(const detail::Plan& plan);
+
 void plan_flash_forward(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan);
 void launch_flash_forward(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream);
 
@@ -20,9 +25,6 @@ void launch_flash_decode(const detail::Plan& plan, const detail::Params& params,
 
 void plan_flash_backward(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan);
 void launch_flash_backward(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream);
-
-/// The instruction set that a plan of these rows runs with.
-const Isa& isa_of(const detail::Plan& plan);
 
 /// Threads that are worth waking for a call of so many operations.
 int threads_for(double operations);

@@ -35,8 +35,8 @@ std::string refuse_flash_decode(const Problem& problem, const DeviceInfo&) {
   return {};
 }
 
-void plan_flash_decode(const Problem& problem, const DeviceInfo& device, Plan& plan) {
-  plan_flash_forward(problem, device, plan);
+void plan_flash_decode(const Problem& problem, const DeviceInfo&, Plan& plan) {
+  plan_settings(plan);
   const Sizes& size = problem.size;
   plan.splits = static_cast<int>(spans_of(size.seqlen_k));
   if (plan.splits == 1) return;

@@ -92,7 +92,7 @@ class Backward {
         dout_rows_(workspace.take<float>(queries_ * width_v_)),
         dk_(workspace.take<float>(s_.seqlen_k * width_)),
         dv_(workspace.take<float>(s_.seqlen_k * width_v_)),
-        grads_(p, s_, scratch),
+        grads_(p, s_, task.mask_extents, scratch),
         keys_(p, p.k, s_, task.head_k, p.size.head_dim, scratch.take<float>(KeyBlocks::floats(p.size.head_dim)),
               queries_ / kBlockQueries),
         values_(p, p.v, s_, task.head_k, p.size.head_dim_v, scratch.take<float>(KeyBlocks::floats(p.size.head_dim_v))) {

@@ -47,7 +47,7 @@ class BiasGrad {
     KeyBlocks keys(p_, p_.k, s, head_k, p_.size.head_dim, keys_);
     KeyBlocks values(p_, p_.v, s, head_k, p_.size.head_dim_v, values_);
     Arena arena = tiles_;
-    ScoreGrads grads(p_, s, arena);
+    ScoreGrads grads(p_, s, nullptr, arena);
     const bool all_queries = shape_[2] == 1;
     const bool all_keys = shape_[3] == 1;
     const std::int64_t query_begin = all_queries ? 0 : task_.query_block * kBlockQueries;

@@ -36,7 +36,7 @@ class Forward {
       : p_(p),
         s_(task.sequence),
         plane_(arena.take<float>(static_cast<std::int64_t>(plane_bytes(p.size.head_dim) / sizeof(float)))),
-        rules_(p, s_, plane_),
+        rules_(p, s_, plane_, task.mask_extents),
         engine_(p, s_, rules_, task.head_begin / (p.size.heads_q / p.size.heads_k), blocks_of(task), arena) {
     blocks_ = arena.take<QueryBlock>(blocks_of(task));
     for (std::int64_t head = task.head_begin; head < task.head_end; ++head)

@@ -43,7 +43,7 @@ class TileBackward {
         dq_columns_(workspace.take<float>(blocks_ * width_ * kBlockQueries)),
         dk_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_)),
         dv_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_v_)),
-        grads_(p, s_, scratch),
+        grads_(p, s_, task.mask_extents, scratch),
         key_rows_(scratch.take<std::uint16_t>(key_halves(dim_))),
         key_columns_(scratch.take<std::uint16_t>(key_halves(dim_))),
         value_rows_(scratch.take<std::uint16_t>(key_halves(dim_v_))),
