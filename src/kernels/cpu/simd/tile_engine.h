@@ -210,16 +210,9 @@ class TileEngine {
     if (correction && b.started) scale_out(b, dim, correction);
     if (!in_pairs_) pair_weights(t);
     constexpr int kDepth = kBlockKeys / kTileDepth;
-    TileProduct p;
-    p.rows = static_cast<int>(whole_tiles(dim) / kTileSide);
-    p.depth = static_cast<int>(whole_depth(t.keys) / kTileDepth);
-    p.columns = t.vectors;
-    p.a = values.tiles + (t.first_key - block_begin(t.first_key)) / kTileDepth * kParts * kTileHalves;
-    p.a_row = kDepth * kParts * kTileHalves;
-    p.b = weights_;
-    p.c = b.out;
-    p.c_row = t.width();
-    p.c_column = kTileSide;
+    const std::uint16_t* first =
+        values.tiles + (t.first_key - block_begin(t.first_key)) / kTileDepth * kParts * kTileHalves;
+    const TileProduct p = tile_product({first, kDepth * kParts * kTileHalves}, dim, t.keys, weights_, b.out, t.width());
     if (b.started)
       multiply<kParts, true>(p);
     else
@@ -297,18 +290,11 @@ class TileEngine {
   static VecF finite_max(const QueryBlock& b, int n) { return b.max[n] > -kInfinity ? b.max[n] : VecF{}; }
 
   TileProduct score_product(const QueryBlock& b, const ScoreTile& t) {
-    const int depth = static_cast<int>(whole_depth(p_.size.head_dim) / kTileDepth);
-    TileProduct p;
-    p.rows = static_cast<int>(whole_tiles(t.keys) / kTileSide);
-    p.depth = depth;
-    p.columns = t.vectors;
-    p.a_row = depth * kParts * kTileHalves;
-    p.a = keys_of(t.first_key).tiles + (t.first_key - block_begin(t.first_key)) / kTileSide * p.a_row;
-    p.b = static_cast<const std::uint32_t*>(b.q);
-    p.c = t.data;
-    p.c_row = t.width();
-    p.c_column = kTileSide;
-    return p;
+    const int dim = p_.size.head_dim;
+    const std::int64_t row = whole_depth(dim) * kParts * kTileSide;
+    const std::uint16_t* first =
+        keys_of(t.first_key).tiles + (t.first_key - block_begin(t.first_key)) / kTileSide * row;
+    return tile_product({first, row}, t.keys, dim, static_cast<const std::uint32_t*>(b.q), t.data, t.width());
   }
 
   void multiply_scores(const QueryBlock& b, const ScoreTile& t) {
