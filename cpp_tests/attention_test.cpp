@@ -294,6 +294,12 @@ TEST_P(OnEachDevice, ExplainKnowsDecode) {
   EXPECT_NE(text.find(canonical_problem_line(kCalls[2])), std::string::npos) << text;
 }
 
+TEST_P(OnEachDevice, ExplainKnowsGradients) {
+  PublicCall call(kCalls[1], GetParam());
+  const std::string text = explain(call.in, call.out, call.cotangents, call.grads, call.options);
+  EXPECT_NE(text.find(canonical_problem_line(kCalls[1])), std::string::npos) << text;
+}
+
 TEST(Explain, RefusesALineThatCannotBeRead) { EXPECT_THROW(explain("fwd fp16 wobble", Device{}), InvalidArgument); }
 
 TEST(Explain, HelpNamesEveryWordOfTheGrammar) {

@@ -79,6 +79,12 @@ std::string explain(const DecodeInputs& inputs, const AttentionOutputs& outputs,
   return explain_call(options, inputs, outputs);
 }
 
+std::string explain(const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                    const AttentionCotangents& cotangents, const AttentionGrads& grads,
+                    const AttentionOptions& options) {
+  return explain_call(options, inputs, outputs, cotangents, grads);
+}
+
 std::string explain(std::string_view problem_line, Device device) {
   return detail::explain_plan(detail::parse_problem(problem_line), device_info(device));
 }

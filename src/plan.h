@@ -21,9 +21,10 @@ struct Plan {
   const Kernel* kernel = nullptr;
   Problem problem = {};
   Device device = {};
-  int splits = 1;   // parts that the keys are cut into
-  int blocks = 0;   // of a persistent grid
-  int block_m = 0;  // query rows of a block, where the kernel comes in several sizes
+  int splits = 1;                 // parts that the keys are cut into
+  int blocks = 0;                 // of a persistent grid
+  int block_m = 0;                // query rows of a block, where the kernel comes in several sizes
+  const void* variant = nullptr;  // which of the row's builds is to run, in the row's own type
   WorkspaceLayout workspace = {};
   std::array<std::size_t, 4> slices = {};  // offsets of the kernel's workspace slices, in the kernel's own order
 };

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_attention
 import test_backward
-from cases import BY_NAME, make, rounded
+from cases import BY_NAME, Case, make, rounded
 from frameworks import Framework, importable
 
 CASES = ["long", "everything", "gqa", "head_dim_odd", "dropout", "softcap"]
@@ -38,6 +38,27 @@ def test_every_instruction_set_is_right(isa, name, dtype, rng, monkeypatch):
     out, lse = fc.attention(*problem.arrays(xp), return_lse=True, **problem.keywords(xp))
     test_attention.check(problem, out, lse, xp, "bhsd", isa)
     dout = rounded(rng.standard_normal((*problem.q.shape[:3], problem.v.shape[3])), dtype)
+    test_backward.check(problem, test_backward.run(problem, xp, dout), dout, kernel=isa)
+
+
+def mask_of_blocks(rng, *shape):
+    """Blocks of 64 by 128 that are kept whole, dropped whole or kept in part: what tasks tell each other of a mask."""
+    keep = rng.choice([0.0, 0.5, 1.0], (*shape[:2], -(-shape[2] // 64), -(-shape[3] // 128)))
+    chance = keep.repeat(64, axis=2).repeat(128, axis=3)[:, :, : shape[2], : shape[3]]
+    return rng.random(shape) < chance
+
+
+@pytest.mark.parametrize("shared", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_a_mask_means_the_same_whoever_shares_it(isa, shared, rng, monkeypatch):
+    """Tiles of a mask that heads or sequences share are looked at once; of others, by each."""
+    monkeypatch.setenv("FLASHCORE_CPU_ISA", isa)
+    words = {"causal": "bottom_right", "window": (250, None)}
+    xp, problem = Framework(), make(Case("blocks", 2, (4, 2), (209, 400), (24, 24), words), "float32", rng)
+    problem.tensors["mask"] = mask_of_blocks(rng, *shared, 209, 400)
+    out, lse = fc.attention(*problem.arrays(xp), return_lse=True, **problem.keywords(xp))
+    test_attention.check(problem, out, lse, xp, "bhsd", isa)
+    dout = rounded(rng.standard_normal(problem.q.shape), "float32")
     test_backward.check(problem, test_backward.run(problem, xp, dout), dout, kernel=isa)
 
 

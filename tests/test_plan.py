@@ -58,6 +58,38 @@ def test_plans_of_varlen_and_decode(xp, rng):
     )
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("name", ["plain", "gqa", "head_dim_v_larger", "everything"])
+def test_a_plan_of_gradients(name, layout, xp, rng):
+    problem = make(BY_NAME[name], "float32", rng)
+    arrays, words = problem.arrays(xp, layout), {**problem.keywords(xp), "layout": layout}
+    out, lse = fc.attention(*arrays, return_lse=True, **words)
+    dout = xp.array(np.ones(out.shape), "float32")
+    dlse = xp.array(np.ones(lse.shape), "float32")
+    planned = fc.plan(*arrays, dout=dout, dlse=dlse, **words)  # out and lse are not known yet
+    expected = fc.attention_backward(dout, *arrays, out, lse, dlse=dlse, **words)
+    tensors = {name: x for name, x in words.items() if name in problem.tensors}
+    dq = xp.empty(arrays[0].shape)
+    found = planned(*arrays, out=out, lse=lse, dout=dout, dlse=dlse, dq=dq, **tensors)
+    assert found[0] is dq
+    assert len(found) == len(expected)
+    for gradient, exact in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(xp.numpy(gradient), xp.numpy(exact))
+
+
+def test_a_plan_of_gradients_needs_the_planned_arrays(xp, rng):
+    q, k, v = make(BY_NAME["plain"], "float32", rng).arrays(xp)
+    out, lse = fc.attention(q, k, v, return_lse=True)
+    planned = fc.plan(q, k, v, dout=out)
+    assert "bwd fp32 b2 q19 k19 h2 d16" in planned.describe()
+    with pytest.raises(ValueError, match="lse"):
+        planned(q, k, v, dout=out, out=out)
+    with pytest.raises(ValueError, match="dlse"):
+        planned(q, k, v, dout=out, out=out, lse=lse, dlse=lse)
+    with pytest.raises(TypeError, match="unknown arguments: grad"):
+        planned(q, k, v, dout=out, out=out, lse=lse, grad=out)
+
+
 def test_a_plan_tells_kernel_workspace_and_problem(xp, rng):
     problem = make(BY_NAME["causal"], "float16", rng)
     arrays = problem.arrays(xp)

@@ -135,6 +135,28 @@ def test_explain_of_decode_and_varlen(xp):
     )
 
 
+def test_supports_and_explain_of_gradients(xp):
+    x = xp.array(np.zeros((2, 4, 8, 16)), "float16")
+    text = fc.explain(x, x[:, :2], x[:, :2], dout=x, causal=True, deterministic=True)
+    assert "bwd fp16 b2 q8 k8 h4/2 d16 causal deterministic" in text
+    answer = fc.supports(x, x[:, :2], x[:, :2], dout=x, causal=True, deterministic=True)
+    assert answer.ok
+    assert answer.kernel in text
+    for wrong in ({"dout": x[:, :, 1:]}, {"dout": x, "out": x[:1]}, {"dout": x, "dq": x[:1]}, {"dout": x, "page": 1}):
+        refusal = fc.supports(x, x, x, **wrong)
+        assert not refusal.ok
+        assert refusal.why
+
+
+@pytest.mark.parametrize("dtype", ALL_FLOATS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_supports_the_gradients_of_every_valid_case(case, dtype, xp, rng):
+    problem = make(case, dtype, rng)
+    dout = xp.array(np.zeros((*problem.q.shape[:3], problem.v.shape[3])), dtype)
+    answer = fc.supports(*problem.arrays(xp), dout=dout, **problem.keywords(xp))
+    assert answer.ok, answer.why
+
+
 def test_explain_of_a_line_is_explain_of_its_call(xp, device):
     x = xp.array(np.zeros((2, 4, 8, 16)), "float16")
     assert fc.explain("fwd fp16 b2 q8 k8 h4 d16 causal", device=device) == fc.explain(x, x, x, causal=True)

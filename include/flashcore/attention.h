@@ -218,6 +218,9 @@ FLASHCORE_API std::string explain(const AttentionInputs& inputs, const Attention
                                   const AttentionOptions& options = {});
 FLASHCORE_API std::string explain(const DecodeInputs& inputs, const AttentionOutputs& outputs,
                                   const AttentionOptions& options = {});
+FLASHCORE_API std::string explain(const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                                  const AttentionCotangents& cotangents, const AttentionGrads& grads,
+                                  const AttentionOptions& options = {});
 
 /// The same for a problem line such as "fwd bf16 b2 q4096 k4096 h32/8 d128 causal". The grammar is in
 /// `problem_line_help()`. Throws InvalidArgument for a line that cannot be read.

@@ -118,6 +118,21 @@ AttentionOutputs imagined_outputs(AttentionOutputs given, const TensorView& q, c
   return given;
 }
 
+/// The gradients that a call would allocate, without memory: for planning.
+AttentionGrads imagined_gradients(AttentionGrads given, const AttentionInputs& in) {
+  const auto imagine = [](TensorView& gradient, const TensorView& source) {
+    if (gradient || !source) return;
+    gradient = dense(source);
+    gradient.data = nullptr;
+  };
+  imagine(given.dq, in.q);
+  imagine(given.dk, in.k);
+  imagine(given.dv, in.v);
+  imagine(given.dbias, in.bias);
+  imagine(given.dsinks, in.sinks);
+  return given;
+}
+
 nb::typed<nb::tuple, bool, std::string, std::string> to_tuple(const Support& support) {
   return nb::make_tuple(support.ok, support.kernel, support.why);
 }
@@ -205,19 +220,29 @@ nb::object decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bo
   return out_array;
 }
 
+AttentionCotangents read_cotangents(Reader& reader, nb::handle arrays) {
+  AttentionCotangents above;
+  read_all(reader, arrays, {{"dout", &above.dout}, {"dlse", &above.dlse}});
+  return above;
+}
+
+AttentionGrads read_gradients(Reader& reader, nb::handle arrays) {
+  AttentionGrads grads;
+  read_all(
+      reader, arrays,
+      {{"dq", &grads.dq}, {"dk", &grads.dk}, {"dv", &grads.dv}, {"dbias", &grads.dbias}, {"dsinks", &grads.dsinks}},
+      Access::write);
+  return grads;
+}
+
 /// `cotangents` is (dout, dlse), `gradients` (dq, dk, dv, dbias, dsinks).
 void backward(const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents, nb::handle gradients,
               const Options& options, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs out = read_outputs(reader, results, Access::read);
-  AttentionCotangents above;
-  read_all(reader, cotangents, {{"dout", &above.dout}, {"dlse", &above.dlse}});
-  AttentionGrads grads;
-  read_all(
-      reader, gradients,
-      {{"dq", &grads.dq}, {"dk", &grads.dk}, {"dv", &grads.dv}, {"dbias", &grads.dbias}, {"dsinks", &grads.dsinks}},
-      Access::write);
+  const AttentionCotangents above = read_cotangents(reader, cotangents);
+  const AttentionGrads grads = read_gradients(reader, gradients);
   const Stream run_on = reader.stream(in.q.device);
   nb::gil_scoped_release release;
   attention_backward(in, out, above, grads, options.value, run_on);
@@ -255,13 +280,20 @@ auto about_decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bo
              options.value);
 }
 
+template <class Ask>
+auto about_backward(const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents,
+                    nb::handle gradients, const Options& options, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k,
+                    Ask ask) {
+  Reader reader(bridge, nb::none());
+  const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
+  const AttentionOutputs out = read_outputs(reader, results, Access::read);
+  return ask(in, imagined_outputs(out, in.q, in.v, options.value.layout, true), read_cotangents(reader, cotangents),
+             imagined_gradients(read_gradients(reader, gradients), in), options.value);
+}
+
 void bind_questions(nb::module_& m) {
-  const auto ask_support = [](const auto& in, const auto& out, const auto& options) {
-    return to_tuple(supports(in, out, options));
-  };
-  const auto ask_reasons = [](const auto& in, const auto& out, const auto& options) {
-    return explain(in, out, options);
-  };
+  const auto ask_support = [](const auto&... call) { return to_tuple(supports(call...)); };
+  const auto ask_reasons = [](const auto&... call) { return explain(call...); };
   m.def("supports_forward", [=](const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
                                 std::int64_t max_q, std::int64_t max_k, bool with_lse) {
     return about_forward(bridge, arrays, results, options, max_q, max_k, with_lse, ask_support);
@@ -277,6 +309,14 @@ void bind_questions(nb::module_& m) {
   m.def("explain_decode", [=](const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved,
                               nb::handle results, const Options& options, bool with_lse) {
     return about_decode(bridge, arrays, caches, interleaved, results, options, with_lse, ask_reasons);
+  });
+  m.def("supports_backward", [=](const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents,
+                                 nb::handle gradients, const Options& options, std::int64_t max_q, std::int64_t max_k) {
+    return about_backward(bridge, arrays, results, cotangents, gradients, options, max_q, max_k, ask_support);
+  });
+  m.def("explain_backward", [=](const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents,
+                                nb::handle gradients, const Options& options, std::int64_t max_q, std::int64_t max_k) {
+    return about_backward(bridge, arrays, results, cotangents, gradients, options, max_q, max_k, ask_reasons);
   });
   m.def(
       "explain_line",
@@ -312,6 +352,20 @@ void run_decode(const AttentionPlan& plan, const Bridge& bridge, nb::handle arra
   plan.run(in, out, workspace.data(), run_on);
 }
 
+void run_backward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle results,
+                  nb::handle cotangents, nb::handle gradients, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k,
+                  nb::handle stream) {
+  Reader reader(bridge, stream, Grads::mentioned);
+  const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
+  const AttentionOutputs out = read_outputs(reader, results, Access::read);
+  const AttentionCotangents above = read_cotangents(reader, cotangents);
+  const AttentionGrads grads = read_gradients(reader, gradients);
+  const Stream run_on = reader.stream(in.q.device);
+  nb::gil_scoped_release release;
+  const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
+  plan.run(in, out, above, grads, workspace.data(), run_on);
+}
+
 void bind_plan(nb::module_& m) {
   nb::class_<AttentionPlan>(m, "AttentionPlan", "A call that was checked and dispatched once.")
       .def_prop_ro("kernel", &AttentionPlan::kernel)
@@ -320,7 +374,10 @@ void bind_plan(nb::module_& m) {
       .def("run_forward", &run_forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"),
            nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"), nb::arg("stream").none())
       .def("run_decode", &run_decode, nb::arg("bridge"), nb::arg("arrays"), nb::arg("caches"), nb::arg("interleaved"),
-           nb::arg("results"), nb::arg("stream").none());
+           nb::arg("results"), nb::arg("stream").none())
+      .def("run_backward", &run_backward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"),
+           nb::arg("cotangents"), nb::arg("gradients"), nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"),
+           nb::arg("stream").none());
   m.def("plan_forward", [](const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
                            std::int64_t max_q, std::int64_t max_k, bool with_lse) {
     return about_forward(
@@ -332,6 +389,11 @@ void bind_plan(nb::module_& m) {
     return about_decode(
         bridge, arrays, caches, interleaved, results, options, with_lse,
         [](const auto& in, const auto& out, const auto& o) { return AttentionPlan::decode(in, out, o); });
+  });
+  m.def("plan_backward", [](const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents,
+                            nb::handle gradients, const Options& options, std::int64_t max_q, std::int64_t max_k) {
+    return about_backward(bridge, arrays, results, cotangents, gradients, options, max_q, max_k,
+                          [](const auto&... call) { return AttentionPlan::backward(call...); });
   });
 }
 

@@ -357,11 +357,20 @@ def gradients(
     stream: Any = None,
 ) -> list[Any]:
     """(dq, dk, dv, dbias, dsinks): those wanted, written to the arrays given or to new ones; None for the others."""
-    q, k, v, bias, sinks = inputs[0], inputs[1], inputs[2], inputs[4], inputs[6]
-    framework = known.get(type(q)) or classify(q)
+    framework = known.get(type(inputs[0])) or classify(inputs[0])
     handle = None if stream is None else stream_handle(stream)
+    grads = new_gradients(framework, inputs, given, wanted, handle)
+    _core.backward(framework.bridge, inputs, outputs, cotangents, tuple(grads), options, *bounds, handle)
+    return grads if framework.finish is None else [framework.finish(gradient) for gradient in grads]
+
+
+def new_gradients(
+    framework: Framework, inputs: tuple[Any, ...], given: tuple[Any, ...], wanted: tuple[bool, ...], handle: Any
+) -> list[Any]:
+    """The arrays to write gradients to: those given, or new ones of the caller's framework; None if not wanted."""
+    q, k, v, bias, sinks = inputs[0], inputs[1], inputs[2], inputs[4], inputs[6]
     try:
-        grads = [
+        return [
             (framework.like(source, handle) if target is None else target) if want else None
             for source, target, want in zip((q, k, v, bias, sinks), given, wanted, strict=True)
         ]
@@ -370,8 +379,6 @@ def gradients(
             if array is not None or name in "kv":
                 classify(array, name)  # says it, if it is not an array
         raise
-    _core.backward(framework.bridge, inputs, outputs, cotangents, tuple(grads), options, *bounds, handle)
-    return grads if framework.finish is None else [framework.finish(gradient) for gradient in grads]
 
 
 def results(

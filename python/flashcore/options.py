@@ -21,7 +21,7 @@ ROW_ORDER = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "thd": (1, 0)}
 
 
 class AttentionKeywords(TypedDict, total=False):
-    """What `supports`, `explain` and `plan` take: the keywords of `attention` and of its varlen and decode forms."""
+    """What `supports`, `explain` and `plan` take: the keywords of `attention`, its varlen and decode forms and gradients."""
 
     causal: Causal
     window: Window
@@ -54,6 +54,12 @@ class AttentionKeywords(TypedDict, total=False):
     rotary_cos: Any
     rotary_sin: Any
     rotary_interleaved: bool
+    dout: Any
+    dlse: Any
+    deterministic: bool
+    dq: Any
+    dk: Any
+    dv: Any
 
 
 def word(name: str, given: Any, allowed: dict[Any, int]) -> int:

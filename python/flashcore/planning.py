@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from . import _core
-from .attention import _bound, _unpack, finished, results
+from .attention import _bound, _unpack, finished, new_gradients, results
 from .device import Device, parse_device
 from .interop import Framework, classify, known, stream_handle
 from .options import convert
@@ -42,6 +42,8 @@ _DECODE_ARRAYS = (
     "k_descale",
     "v_descale",
 )
+_COTANGENTS = ("dout", "dlse")
+_GRADIENTS = ("dq", "dk", "dv")
 _NO_FORWARD_ARRAYS = (None,) * len(_FORWARD_ARRAYS)
 _WORDS = {
     "layout": "bhsd",
@@ -70,13 +72,18 @@ class _Question(NamedTuple):
     """A call taken apart: what `_core` needs to answer anything about it."""
 
     framework: Framework
-    decode: bool
+    phase: str  #: forward, decode or backward: the end of the names of `_core`'s functions
     layout: str
-    arguments: tuple[Any, ...]  #: after the bridge; ends with whether lse is wanted
+    with_lse: bool
+    arguments: tuple[Any, ...]  #: after the bridge
 
 
 def _take(keywords: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(keywords.pop(name, None) for name in names)
+
+
+def _take_bounds(keywords: dict[str, Any]) -> tuple[int, int]:
+    return _bound(keywords.pop("max_seqlen_q", None)), _bound(keywords.pop("max_seqlen_k", None))
 
 
 def _question(q: Any, k: Any, v: Any, keywords: dict[str, Any]) -> _Question:
@@ -89,19 +96,26 @@ def _question(q: Any, k: Any, v: Any, keywords: dict[str, Any]) -> _Question:
         words["layout"] = "thd"
     options = convert(**words)
     outputs = _take(keywords, ("out", "lse"))
-    with_lse = bool(keywords.pop("return_lse", False)) or outputs[1] is not None
     keywords.pop("stream", None)
+    if keywords.get("dout") is not None:
+        cotangents, given = _take(keywords, _COTANGENTS), _take(keywords, _GRADIENTS)
+        bounds = _take_bounds(keywords)
+        arrays = (q, k, v, *_take(keywords, _FORWARD_ARRAYS))
+        _refuse_unknown(keywords)
+        arguments = (arrays, outputs, cotangents, (*given, None, None), options, *bounds)
+        return _Question(framework, "backward", words["layout"], False, arguments)
+    with_lse = bool(keywords.pop("return_lse", False)) or outputs[1] is not None
     if decode:
         arrays = (q, *_take(keywords, _DECODE_ARRAYS))
         interleaved = bool(keywords.pop("rotary_interleaved", False))
-        arguments: tuple[Any, ...] = (arrays, (k, v), interleaved, outputs, options, with_lse)
+        arguments = (arrays, (k, v), interleaved, outputs, options, with_lse)
     else:
         if k is None:
             q, k, v = _unpack(framework, q, v, words["layout"])
-        bounds = (_bound(keywords.pop("max_seqlen_q", None)), _bound(keywords.pop("max_seqlen_k", None)))
+        bounds = _take_bounds(keywords)
         arguments = ((q, k, v, *_take(keywords, _FORWARD_ARRAYS)), outputs, options, *bounds, with_lse)
     _refuse_unknown(keywords)
-    return _Question(framework, decode, words["layout"], arguments)
+    return _Question(framework, "decode" if decode else "forward", words["layout"], with_lse, arguments)
 
 
 def _refuse_unknown(keywords: dict[str, Any]) -> None:
@@ -113,13 +127,14 @@ def supports(q: Any, k: Any = None, v: Any = None, **options: Unpack[AttentionKe
     """Whether a call would run: the same checks, but data is not read and nothing is raised.
 
     Takes the arguments of `attention`; with cu_seqlens_q and cu_seqlens_k those of `attention_varlen`, with
-    cache_seqlens those of `attention_decode` (k and v are then the caches).
+    cache_seqlens those of `attention_decode` (k and v are then the caches), with dout those of `attention_backward`
+    (whose out and lse may be left out here).
 
     Returns: Support(ok, kernel, why).
     """
     try:
         asked = _question(q, k, v, dict(options))
-        ask = _core.supports_decode if asked.decode else _core.supports_forward
+        ask = getattr(_core, f"supports_{asked.phase}")
         return Support(*ask(asked.framework.bridge, *asked.arguments))
     except Exception as error:
         return Support(False, "", str(error))
@@ -138,16 +153,16 @@ def explain(
     if isinstance(q, str):
         return str(_core.explain_line(q, *parse_device(device)))
     asked = _question(q, k, v, dict(options))
-    ask = _core.explain_decode if asked.decode else _core.explain_forward
+    ask = getattr(_core, f"explain_{asked.phase}")
     return str(ask(asked.framework.bridge, *asked.arguments))
 
 
 class Plan:
     """A call that was checked and dispatched once, to be made many times with other arrays of the same form."""
 
-    def __init__(self, core: _core.AttentionPlan, decode: bool, layout: str, with_lse: bool) -> None:
+    def __init__(self, core: _core.AttentionPlan, phase: str, layout: str, with_lse: bool) -> None:
         self._core = core
-        self._decode = decode
+        self._phase = phase
         self._layout = layout
         self._with_lse = with_lse
 
@@ -181,16 +196,18 @@ class Plan:
     ) -> Any:
         """Runs on arrays of the planned shapes, strides and dtypes; others are refused with ValueError.
 
-        `others` are the planned call's other arrays by name (mask, bias, cu_seqlens_q, cache_seqlens, …), and
+        `others` are the planned call's other arrays by name (mask, bias, cu_seqlens_q, cache_seqlens, dout, …), and
         max_seqlen_q, max_seqlen_k, rotary_interleaved where the plan has them. Returns what the planned call returns.
         """
         framework = known.get(type(q)) or classify(q)
         handle: Optional[int] = None if stream is None else stream_handle(stream)
+        if self._phase == "backward":
+            return self._gradients(framework, (q, k, v), (out, lse), others, handle)
         if k is None:
             q, k, v = _unpack(framework, q, v, self._layout)
         if out is None or self._with_lse:
             out, lse = results(framework, q, v, self._layout, self._with_lse, out, lse, handle)
-        if self._decode:
+        if self._phase == "decode":
             arrays = (q, *_take(others, _DECODE_ARRAYS))
             interleaved = bool(others.pop("rotary_interleaved", False))
             _refuse_unknown(others)
@@ -198,20 +215,39 @@ class Plan:
         else:
             arrays, bounds = (q, k, v, *_NO_FORWARD_ARRAYS), (-1, -1)
             if others:
-                bounds = (_bound(others.pop("max_seqlen_q", None)), _bound(others.pop("max_seqlen_k", None)))
+                bounds = _take_bounds(others)
                 arrays = (q, k, v, *_take(others, _FORWARD_ARRAYS))
                 _refuse_unknown(others)
             self._core.run_forward(framework.bridge, arrays, (out, lse), *bounds, handle)
         return finished(framework, out, lse)
 
+    def _gradients(
+        self,
+        framework: Framework,
+        inputs: tuple[Any, Any, Any],
+        outputs: tuple[Any, Any],
+        others: dict[str, Any],
+        handle: Optional[int],
+    ) -> tuple[Any, ...]:
+        cotangents, given = _take(others, _COTANGENTS), _take(others, _GRADIENTS)
+        bounds = _take_bounds(others)
+        arrays = (*inputs, *_take(others, _FORWARD_ARRAYS))
+        _refuse_unknown(others)
+        wanted = (True, True, True, arrays[4] is not None, arrays[6] is not None)
+        grads = new_gradients(framework, arrays, (*given, None, None), wanted, handle)
+        self._core.run_backward(framework.bridge, arrays, outputs, cotangents, tuple(grads), *bounds, handle)
+        found = [gradient for gradient, want in zip(grads, wanted, strict=True) if want]
+        return tuple(found if framework.finish is None else map(framework.finish, found))
+
 
 def plan(q: Any, k: Any = None, v: Any = None, **options: Unpack[AttentionKeywords]) -> Plan:
     """Checks and dispatches a call without making it. Takes the arguments that `supports` takes; data is not read.
 
-    ``plan(q, k, v, causal=True)(q, k, v, out=out)`` does what ``attention(q, k, v, causal=True, out=out)`` does.
+    ``plan(q, k, v, causal=True)(q, k, v, out=out)`` does what ``attention(q, k, v, causal=True, out=out)`` does, and
+    ``plan(q, k, v, dout=dout)(q, k, v, dout=dout, out=out, lse=lse)`` what ``attention_backward`` does.
 
     Raises: as the call would.
     """
     asked = _question(q, k, v, dict(options))
-    make = _core.plan_decode if asked.decode else _core.plan_forward
-    return Plan(make(asked.framework.bridge, *asked.arguments), asked.decode, asked.layout, asked.arguments[-1])
+    make = getattr(_core, f"plan_{asked.phase}")
+    return Plan(make(asked.framework.bridge, *asked.arguments), asked.phase, asked.layout, asked.with_lse)

@@ -7,7 +7,14 @@
 
 namespace flashcore::cpu {
 
-/// Throws InvalidArgument where FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be followed.
+struct Isa;
+
+/// Chooses the instruction set. Throws InvalidArgument where FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be
+/// followed.
+void plan_settings(detail::Plan& plan);
+/// What was chosen.
+const Isa& isa_of(const detail::Plan& plan);
+
 void plan_flash_forward(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan);
 void launch_flash_forward(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream);
 

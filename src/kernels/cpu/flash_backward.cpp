@@ -8,6 +8,7 @@
 #include "flash.h"
 #include "flashcore/threads.h"
 #include "kernels.h"
+#include "mask_extents.h"
 #include "rows.h"
 #include "simd/isa.h"
 
@@ -17,7 +18,7 @@ using namespace detail;
 
 namespace {
 
-enum Slice { kTasks, kSinkGrads };  // the workspace's parts
+enum Slice { kTasks, kSinkGrads, kMaskExtents };  // the workspace's parts
 
 /// As many workspaces as tasks run at a time.
 constexpr int kMaxWorkspaces = 64;
@@ -85,8 +86,9 @@ void store_sink_gradients(const Params& p, const double* parts) {
 
 }  // namespace
 
-void plan_flash_backward(const Problem& problem, const DeviceInfo& device, Plan& plan) {
-  plan_flash_forward(problem, device, plan);
+void plan_flash_backward(const Problem& problem, const DeviceInfo&, Plan& plan) {
+  plan_settings(plan);
+  MaskExtents::plan(plan, kMaskExtents);
   const Sizes& size = problem.size;
   const std::int64_t tasks = std::max<std::int64_t>(1, size.batch * size.heads_k);
   plan.splits = static_cast<int>(std::min<std::int64_t>({tasks, num_threads(), kMaxWorkspaces}));
@@ -97,19 +99,20 @@ void plan_flash_backward(const Problem& problem, const DeviceInfo& device, Plan&
 
 void launch_flash_backward(const Plan& plan, const Params& params, void* workspace, Stream) {
   with_wide_storage(params.dtype, [&](auto storage) { clear_unowned_gradients<decltype(storage)>(params); });
-  const Isa& isa = chosen_isa();
+  const Isa& isa = isa_of(plan);
   const SizeParams& size = params.size;
   const int threads = std::min(plan.splits, threads_for(operations_of(params)));
   const std::size_t scratch = isa.backward_scratch(size.head_dim, size.head_dim_v);
   const std::size_t bytes = task_bytes(plan.problem.size);
   double* dsinks = params.grad.dsinks.data ? slice<double>(workspace, plan.slices[kSinkGrads]) : nullptr;
+  const MaskExtents mask_extents(plan, params, workspace, kMaskExtents);
   Workspaces workspaces(plan.splits);
   parallel_for(size.batch * size.heads_k, threads, [&](std::int64_t index) {
     void* tiles = thread_scratch(scratch);
     const int own = workspaces.take();
     const BackwardTask task{sequence_of(params, index / size.heads_k), index % size.heads_k,
-                            slice<char>(workspace, plan.slices[kTasks] + static_cast<std::size_t>(own) * bytes),
-                            dsinks};
+                            slice<char>(workspace, plan.slices[kTasks] + static_cast<std::size_t>(own) * bytes), dsinks,
+                            mask_extents.of_sequence(index / size.heads_k)};
     isa.backward(params, task, tiles);
     workspaces.give_back(own);
   });

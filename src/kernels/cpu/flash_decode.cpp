@@ -28,17 +28,18 @@ std::int64_t spans_of(std::int64_t seqlen_k) {
 
 std::string refuse_flash_decode(const Problem& problem, const DeviceInfo&) {
   const std::int64_t rows = problem.group() * problem.size.seqlen_q;
-  if (rows > kMaxRows)
-    return "takes up to " + std::to_string(kMaxRows) + " queries a key head, these are " + std::to_string(rows);
-  if (std::min(problem.size.head_dim, problem.size.head_dim_v) < kMinHeadDim)
-    return "needs a head_dim of at least " + std::to_string(kMinHeadDim);
+  // Note: most calls pass here, so the words are not put together from numbers.
+  static_assert(kMaxRows == 16 && kMinHeadDim == 16);
+  if (rows > kMaxRows) return "takes up to 16 queries a key head";
+  if (std::min(problem.size.head_dim, problem.size.head_dim_v) < kMinHeadDim) return "needs a head_dim of 16 or more";
   return {};
 }
 
-void plan_flash_decode(const Problem& problem, const DeviceInfo& device, Plan& plan) {
-  plan_flash_forward(problem, device, plan);
+void plan_flash_decode(const Problem& problem, const DeviceInfo&, Plan& plan) {
+  plan_settings(plan);
   const Sizes& size = problem.size;
   plan.splits = static_cast<int>(spans_of(size.seqlen_k));
+  if (plan.splits == 1) return;
   const std::int64_t partials = size.batch * size.heads_k * plan.splits;
   const std::int64_t floats = Isa::partial_floats(problem.group() * size.seqlen_q, size.head_dim_v);
   plan.slices[0] = plan.workspace.add(static_cast<std::size_t>(partials * floats) * sizeof(float));
@@ -47,28 +48,38 @@ void plan_flash_decode(const Problem& problem, const DeviceInfo& device, Plan& p
 void launch_flash_decode(const Plan& plan, const Params& params, void* workspace, Stream) {
   if (params.append.k_new.data) append_keys(params);
   clear_unowned_rows(params);
-  const Isa& isa = chosen_isa();
+  const Isa& isa = isa_of(plan);
   const SizeParams& size = params.size;
   const std::int64_t spans = plan.splits;
   const std::int64_t rows = size.heads_q / size.heads_k * size.seqlen_q;
   const std::int64_t floats = Isa::partial_floats(rows, size.head_dim_v);
-  float* partials = slice<float>(workspace, plan.slices[0]);
   const std::int64_t heads = size.batch * size.heads_k;
   const int threads = threads_for(2.0 * static_cast<double>(heads * rows * size.seqlen_k) *
                                   static_cast<double>(size.head_dim + size.head_dim_v));
   const std::size_t scratch = isa.decode_scratch(rows, size.head_dim, size.head_dim_v);
+  const auto sequence = [&](std::int64_t head) { return sequence_of(params, head / size.heads_k); };
+  const auto decode = [&](std::int64_t head, std::int64_t first, float* partial, void* tiles) {
+    const Sequence s = sequence(head);
+    isa.decode(params, {s, head % size.heads_k, first, std::min(first + kSpanKeys, s.seqlen_k), partial}, tiles);
+  };
+  const auto merge = [&](std::int64_t head, float* partial) {
+    isa.merge_spans(params, sequence(head), head % size.heads_k, partial, spans);
+  };
+  if (spans == 1) {
+    parallel_for(heads, threads, [&](std::int64_t head) {
+      void* tiles = thread_scratch(scratch + static_cast<std::size_t>(floats) * sizeof(float));
+      float* partial = slice<float>(tiles, scratch);
+      decode(head, 0, partial, tiles);
+      merge(head, partial);
+    });
+    return;
+  }
+  float* partials = slice<float>(workspace, plan.slices[0]);
   parallel_for(heads * spans, threads, [&](std::int64_t index) {
-    const std::int64_t head = index / spans;
-    const std::int64_t first = index % spans * kSpanKeys;
-    const Sequence sequence = sequence_of(params, head / size.heads_k);
-    const DecodeTask task{sequence, head % size.heads_k, first, std::min(first + kSpanKeys, sequence.seqlen_k),
-                          partials + index * floats};
-    isa.decode(params, task, thread_scratch(scratch));
+    decode(index / spans, index % spans * kSpanKeys, partials + index * floats, thread_scratch(scratch));
   });
-  parallel_for(heads, heads * rows < 256 ? 1 : threads, [&](std::int64_t head) {
-    isa.merge_spans(params, sequence_of(params, head / size.heads_k), head % size.heads_k,
-                    partials + head * spans * floats, spans);
-  });
+  parallel_for(heads, heads * rows < 256 ? 1 : threads,
+               [&](std::int64_t head) { merge(head, partials + head * spans * floats); });
 }
 
 }  // namespace flashcore::cpu

@@ -7,6 +7,7 @@
 #include "flash.h"
 #include "flashcore/threads.h"
 #include "kernels.h"
+#include "mask_extents.h"
 #include "rows.h"
 #include "simd/isa.h"
 
@@ -15,6 +16,8 @@ namespace flashcore::cpu {
 using namespace detail;
 
 namespace {
+
+enum Slice { kMaskExtents };  // the workspace's parts
 
 /// Waking a thread pays from about this many operations for each thread on.
 constexpr double kOperationsPerThread = 2e6;
@@ -51,7 +54,8 @@ Cut cut_call(const Params& p, const Isa& isa, int threads) {
   return cut;
 }
 
-ForwardTask task_of(const Params& p, const Isa& isa, const Cut& cut, std::int64_t index) {
+ForwardTask task_of(const Params& p, const Isa& isa, const Cut& cut, const MaskExtents& mask_extents,
+                    std::int64_t index) {
   // Note: the chunks of a head follow each other, so that its keys stay in the cache, except under a causal rule: there
   // the last queries, which have most work, come first, so that threads end together.
   const std::int64_t head_tasks = p.size.batch * p.size.heads_k * cut.head_chunks;
@@ -64,6 +68,7 @@ ForwardTask task_of(const Params& p, const Isa& isa, const Cut& cut, std::int64_
   const std::int64_t first_head = head_k * group;
   ForwardTask task;
   task.sequence = sequence_of(p, rest / p.size.heads_k);
+  task.mask_extents = mask_extents.of_sequence(rest / p.size.heads_k);
   task.head_begin = first_head + head_chunk * cut.heads;
   task.head_end = std::min(task.head_begin + cut.heads, first_head + group);
   const std::int64_t blocks = isa.query_blocks(task.sequence.seqlen_q);
@@ -108,21 +113,29 @@ void clear_unowned_rows(const Params& p) {
   clear(owned, p.size.total_q);
 }
 
-void plan_flash_forward(const Problem&, const DeviceInfo&, Plan&) {
-  chosen_isa();  // these throw for settings that cannot be followed
-  num_threads();
+void plan_settings(Plan& plan) {
+  plan.variant = &chosen_isa();
+  num_threads();  // throws for settings that cannot be followed
 }
 
-void launch_flash_forward(const Plan&, const Params& params, void*, Stream) {
+const Isa& isa_of(const Plan& plan) { return *static_cast<const Isa*>(plan.variant); }
+
+void plan_flash_forward(const Problem&, const DeviceInfo&, Plan& plan) {
+  plan_settings(plan);
+  MaskExtents::plan(plan, kMaskExtents);
+}
+
+void launch_flash_forward(const Plan& plan, const Params& params, void* workspace, Stream) {
   if (params.append.k_new.data) append_keys(params);
   clear_unowned_rows(params);
-  const Isa& isa = chosen_isa();
+  const Isa& isa = isa_of(plan);
   const int threads = threads_for(operations_of(params));
   const Cut cut = cut_call(params, isa, threads);
   const std::int64_t tasks = params.size.batch * params.size.heads_k * cut.head_chunks * cut.chunks;
   const std::size_t scratch = isa.forward_scratch(params.size.head_dim, params.size.head_dim_v, cut.blocks * cut.heads);
+  const MaskExtents mask_extents(plan, params, workspace, kMaskExtents);
   parallel_for(tasks, threads, [&](std::int64_t index) {
-    const ForwardTask task = task_of(params, isa, cut, index);
+    const ForwardTask task = task_of(params, isa, cut, mask_extents, index);
     if (task.block_begin < task.block_end) isa.forward(params, task, thread_scratch(scratch));
   });
 }

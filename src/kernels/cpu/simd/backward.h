@@ -17,38 +17,47 @@ namespace {
 
 FLASHCORE_INLINE std::int64_t whole_vectors(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-/// C += A·B for B and C of any width: rows of whole vectors, `ld` floats apart.
-FLASHCORE_INLINE void multiply_wide_rows(const ScoreTile& a, const KeyRows& b, float* c, std::int64_t ld) {
+/// kRows rows of C += A·B, from row `m` on, for B and C of any width: rows of whole vectors.
+template <int kRows>
+FLASHCORE_INLINE void add_wide_rows(Product p, int m, std::int64_t width) {
+  const char* no_prefetch = nullptr;
+  const auto add = [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    tile<kRows, kVectors, false, Start::add, false, false>(p, m, p.lda, p.ldb, p.ldc, no_prefetch);
+    p.b += kVectors * kLanes;
+    p.c += kVectors * kLanes;
+    width -= kVectors * kLanes;
+  };
+  if constexpr (kLanes == 16)
+    while (width >= 4 * kLanes) add(std::integral_constant<int, 4>{});
+  // Three vectors at a time, but 2 + 2 for the last four.
+  while (width >= 3 * kLanes && width != 4 * kLanes) add(std::integral_constant<int, 3>{});
+  while (width >= 2 * kLanes) add(std::integral_constant<int, 2>{});
+  if (width > 0) add(std::integral_constant<int, 1>{});
+}
+
+/// C += A·B, whole rows of C after each other: C comes from L2 and goes there.
+__attribute__((noinline)) void multiply_wide_rows(const ScoreTile& a, const KeyRows& b, float* c, std::int64_t width) {
   Product p;
-  p.m = a.keys;
   p.k = a.queries;
   p.a = a.data;
   p.lda = a.width();
+  p.b = b.data;
   p.ldb = b.stride;
-  p.ldc = ld;
-  for (std::int64_t n = 0; n < ld;) {
-    const std::int64_t left = (ld - n) / kLanes;
-    p.b = b.data + n;
-    p.c = c + n;
-    // Three vectors at a time, but 2 + 2 for the last four.
-    if (left >= 3 && left != 4) {
-      multiply<3, false, Start::add, false, 0, 0>(p);
-      n += 3 * kLanes;
-    } else if (left >= 2) {
-      multiply<2, false, Start::add, false, 0, 0>(p);
-      n += 2 * kLanes;
-    } else {
-      multiply<1, false, Start::add, false, 0, 0>(p);
-      n += kLanes;
-    }
-  }
+  p.c = c;
+  p.ldc = width;
+  int m = 0;
+  constexpr int kRows = kLanes == 16 ? 6 : kTileRows;
+  for (; m + kRows <= a.keys; m += kRows) add_wide_rows<kRows>(p, m, width);
+  for (; m + 2 <= a.keys; m += 2) add_wide_rows<2>(p, m, width);
+  for (; m < a.keys; ++m) add_wide_rows<1>(p, m, width);
 }
 
 class Backward {
  public:
   static std::size_t scratch_bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
-    return ScoreGrads::bytes() + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
-           Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes);
+    return ScoreGrads::bytes() + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
+           Arena::rounded_floats(KeyBlocks::floats(head_dim_v));
   }
 
   Backward(const detail::Params& p, const BackwardTask& task, Arena scratch)
@@ -83,10 +92,11 @@ class Backward {
         dout_rows_(workspace.take<float>(queries_ * width_v_)),
         dk_(workspace.take<float>(s_.seqlen_k * width_)),
         dv_(workspace.take<float>(s_.seqlen_k * width_v_)),
-        grads_(p, s_, scratch),
-        keys_(p, p.k, s_, task.head_k, p.size.head_dim, scratch.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
-        values_(p, p.v, s_, task.head_k, p.size.head_dim_v,
-                scratch.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)) {}
+        grads_(p, s_, task.mask_extents, scratch),
+        keys_(p, p.k, s_, task.head_k, p.size.head_dim, scratch.take<float>(KeyBlocks::floats(p.size.head_dim)),
+              queries_ / kBlockQueries),
+        values_(p, p.v, s_, task.head_k, p.size.head_dim_v, scratch.take<float>(KeyBlocks::floats(p.size.head_dim_v))) {
+  }
 
   /// A query block as a tile without keys.
   ScoreTile tile_of(std::int64_t block) const {
@@ -190,24 +200,16 @@ class Backward {
 };
 
 #if defined(FLASHCORE_AMX)
-template <class T>
-bool rows_are_finite(const T* rows, std::int64_t stride, std::int64_t count, int dim) {
-  VecF zeros{};
-  for (std::int64_t i = 0; i < count; ++i)
-    for (int d = 0; d < dim; d += kLanes) zeros += load_floats(rows + i * stride + d, dim - d) * 0.f;
-  return sum_of_lanes(zeros) == 0.f;
-}
-
 /// Whether what a task multiplies is finite: parts of an infinity are not numbers, and 0 times it is none.
 template <class T>
 bool task_is_finite(const detail::Params& p, const BackwardTask& task, T) {
   const detail::Sequence& s = task.sequence;
   const auto keys_are = [&](const detail::TensorParams& t, int dim) {
-    return rows_are_finite(static_cast<const T*>(t.data) + detail::k_offset(p, t, s, task.head_k, 0), t.seq, s.seqlen_k,
-                           dim);
+    return all_finite(static_cast<const T*>(t.data) + detail::k_offset(p, t, s, task.head_k, 0), t.seq, s.seqlen_k,
+                      dim);
   };
   const auto queries_are = [&](const detail::TensorParams& t, std::int64_t head, int dim) {
-    return rows_are_finite(static_cast<const T*>(t.data) + detail::q_offset(t, s, head, 0), t.seq, s.seqlen_q, dim);
+    return all_finite(static_cast<const T*>(t.data) + detail::q_offset(t, s, head, 0), t.seq, s.seqlen_q, dim);
   };
   bool finite = keys_are(p.k, p.size.head_dim) && keys_are(p.v, p.size.head_dim_v);
   const std::int64_t group = p.size.heads_q / p.size.heads_k;

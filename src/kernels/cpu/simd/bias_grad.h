@@ -20,8 +20,8 @@ class BiasGrad {
         columns_{scratch.take<float>(p.size.head_dim * kBlockQueries),
                  scratch.take<float>(p.size.head_dim_v * kBlockQueries), scratch.take<float>(kBlockQueries),
                  scratch.take<float>(kBlockQueries)},
-        keys_(scratch.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
-        values_(scratch.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)),
+        keys_(scratch.take<float>(KeyBlocks::floats(p.size.head_dim))),
+        values_(scratch.take<float>(KeyBlocks::floats(p.size.head_dim_v))),
         tiles_(scratch) {}
 
   void run() {
@@ -47,7 +47,7 @@ class BiasGrad {
     KeyBlocks keys(p_, p_.k, s, head_k, p_.size.head_dim, keys_);
     KeyBlocks values(p_, p_.v, s, head_k, p_.size.head_dim_v, values_);
     Arena arena = tiles_;
-    ScoreGrads grads(p_, s, arena);
+    ScoreGrads grads(p_, s, nullptr, arena);
     const bool all_queries = shape_[2] == 1;
     const bool all_keys = shape_[3] == 1;
     const std::int64_t query_begin = all_queries ? 0 : task_.query_block * kBlockQueries;
@@ -133,8 +133,8 @@ void bias_grad(const detail::Params& params, const BiasGradTask& task, void* scr
 std::size_t bias_grad_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
   return ScoreGrads::bytes() + Arena::rounded_floats(kBlockKeys * kBlockQueries) +
          Arena::rounded_floats(head_dim * kBlockQueries) + Arena::rounded_floats(head_dim_v * kBlockQueries) +
-         2 * Arena::rounded_floats(kBlockQueries) + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
-         Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes);
+         2 * Arena::rounded_floats(kBlockQueries) + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
+         Arena::rounded_floats(KeyBlocks::floats(head_dim_v));
 }
 
 }  // namespace

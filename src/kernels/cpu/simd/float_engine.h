@@ -19,19 +19,20 @@ class FloatEngine {
   static std::int64_t span_keys(const detail::Params&) { return kBlockKeys; }
 
   static std::size_t bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
-    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
-           Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes);
+    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
+           Arena::rounded_floats(KeyBlocks::floats(head_dim_v));
   }
   static std::size_t query_bytes(std::int64_t head_dim) { return Arena::rounded_floats(head_dim * kBlockQueries); }
   static std::size_t out_bytes(std::int64_t head_dim_v) { return Arena::rounded_floats(head_dim_v * kBlockQueries); }
 
   FloatEngine(const detail::Params& p, const detail::Sequence& s, const ScoreRules& rules, std::int64_t head_k,
-              Arena& arena)
+              std::int64_t query_blocks, Arena& arena)
       : p_(p),
         rules_(rules),
         tile_(arena.take<float>(kBlockKeys * kBlockQueries)),
-        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
-        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)) {}
+        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(KeyBlocks::floats(p.size.head_dim))),
+        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(KeyBlocks::floats(p.size.head_dim_v)),
+                query_blocks) {}
 
   float* tile() const { return tile_; }
 

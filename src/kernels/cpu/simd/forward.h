@@ -36,10 +36,9 @@ class Forward {
       : p_(p),
         s_(task.sequence),
         plane_(arena.take<float>(static_cast<std::int64_t>(plane_bytes(p.size.head_dim) / sizeof(float)))),
-        rules_(p, s_, plane_),
-        engine_(p, s_, rules_, task.head_begin / (p.size.heads_q / p.size.heads_k), arena) {
-    const std::int64_t blocks = task.block_end - task.block_begin;
-    blocks_ = arena.take<QueryBlock>((task.head_end - task.head_begin) * blocks);
+        rules_(p, s_, plane_, task.mask_extents),
+        engine_(p, s_, rules_, task.head_begin / (p.size.heads_q / p.size.heads_k), blocks_of(task), arena) {
+    blocks_ = arena.take<QueryBlock>(blocks_of(task));
     for (std::int64_t head = task.head_begin; head < task.head_end; ++head)
       for (std::int64_t index = task.block_begin; index < task.block_end; ++index) {
         QueryBlock& b = blocks_[block_count_++];
@@ -70,6 +69,10 @@ class Forward {
   /// Room for a tile of a mask or bias, or for a vector of rotated queries.
   static std::size_t plane_bytes(std::int64_t head_dim) {
     return Arena::rounded_floats(max_of<std::int64_t>(kBlockKeys * kBlockQueries, head_dim * kLanes));
+  }
+
+  static std::int64_t blocks_of(const ForwardTask& task) {
+    return (task.head_end - task.head_begin) * (task.block_end - task.block_begin);
   }
 
   void start_block(QueryBlock& b, std::int64_t head, VectorRange range) {
@@ -185,10 +188,12 @@ void run_forward(const detail::Params& params, const ForwardTask& task, void* sc
 
 #if defined(FLASHCORE_AMX)
 void forward(const detail::Params& params, const ForwardTask& task, void* scratch) {
-  // Note: rotated queries are floats with more digits than their storage type has. And to split few floats into three
-  // parts costs more than the products save.
-  const bool few_floats = params.dtype == DType::float32 && task.sequence.seqlen_k <= kBlockKeys;
-  if (params.rotary.dim > 0 || few_floats) return run_forward<FloatEngine>(params, task, scratch);
+  // Note: rotated queries are floats with more digits than their storage type has. And to split few numbers into two or
+  // three parts costs more than the products save.
+  const detail::Sequence& s = task.sequence;
+  const bool few_floats = params.dtype == DType::float32 && s.seqlen_k <= kBlockKeys;
+  const bool few_halves = params.dtype == DType::float16 && max_of(s.seqlen_q, s.seqlen_k) <= kBlockQueries;
+  if (params.rotary.dim > 0 || few_floats || few_halves) return run_forward<FloatEngine>(params, task, scratch);
   const TileScope tiles;
   with_storage(params.dtype,
                [&](auto storage) { run_forward<TileEngine<kPartsOf<decltype(storage)>>>(params, task, scratch); });

@@ -16,6 +16,7 @@ struct ForwardTask {
   std::int64_t head_end;
   std::int64_t block_begin;  // of `query_blocks(seqlen_q)`
   std::int64_t block_end;
+  std::uint8_t* mask_extents;  // (query_blocks, key_blocks), what tasks with the same mask found in it; may be null
 };
 
 /// Decode work of one thread: all queries of a key head against a span of its keys. What comes out is partial.
@@ -31,8 +32,9 @@ struct DecodeTask {
 struct BackwardTask {
   detail::Sequence sequence;
   std::int64_t head_k;
-  void* workspace;  // of backward_workspace() bytes
-  double* dsinks;   // (batch, heads_q): each sequence's part of the sinks' gradients; null: not wanted
+  void* workspace;             // of backward_workspace() bytes
+  double* dsinks;              // (batch, heads_q): each sequence's part of the sinks' gradients; null: not wanted
+  std::uint8_t* mask_extents;  // as in ForwardTask
 };
 
 /// A tile of dbias, in dbias's own shape.
@@ -66,7 +68,7 @@ struct Isa {
 
   void (*bias_grad)(const detail::Params& params, const BiasGradTask& task, void* scratch);
   std::size_t (*bias_grad_scratch)(std::int64_t head_dim, std::int64_t head_dim_v);
-  int block_keys;  // of a tile of dbias; its queries are lanes · tile_vectors
+  int block_keys;  // of a tile; its queries are lanes · tile_vectors
 
   /// Bytes that a backward task needs: both forms of q and dout, as floats or as up to three bfloat16 for each, and the
   /// gradients as floats. Enough for every instruction set, so that a plan holds for each.
@@ -87,6 +89,7 @@ struct Isa {
     const std::int64_t vectors = (seqlen_q + lanes - 1) / lanes;
     return (vectors + tile_vectors - 1) / tile_vectors;
   }
+  std::int64_t key_blocks(std::int64_t seqlen_k) const { return (seqlen_k + block_keys - 1) / block_keys; }
 };
 
 /// The best one that this processor runs, or the one that FLASHCORE_CPU_ISA names. Throws InvalidArgument where that

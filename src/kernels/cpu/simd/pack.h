@@ -100,20 +100,21 @@ FLASHCORE_INLINE void widen_row(const T* source, std::int64_t count, float* targ
   if (i < count) store(target + i, load_floats(source + i, static_cast<int>(count - i)));
 }
 
-/// `rows` rows behind each other as floats, `columns` apart, with up to a vector of zeros behind the last.
+/// Rows as floats, `target_stride` apart, with up to a vector of zeros behind the last.
 template <class T>
-__attribute__((noinline)) void widen_rows(const T* source, std::int64_t stride, std::int64_t rows, int columns,
-                                          float* target) {
-  if (stride == columns) return widen_row(source, rows * columns, target);
-  for (std::int64_t i = 0; i < rows; ++i) widen_row(source + i * stride, columns, target + i * columns);
+__attribute__((noinline)) void widen_rows(const Rows<T>& source, float* target, std::int64_t target_stride) {
+  if (source.stride == source.columns && target_stride == source.columns)
+    return widen_row(source.data, static_cast<std::int64_t>(source.rows) * source.columns, target);
+  for (int i = 0; i < source.rows; ++i)
+    widen_row(source.data + i * source.stride, source.columns, target + i * target_stride);
 }
 
-/// Whether none of `count` numbers is NaN or Inf: 0 times them is 0.
-FLASHCORE_INLINE bool all_finite(const float* x, std::int64_t count) {
+/// Whether no number is NaN or Inf: 0 times them is 0.
+template <class T>
+bool all_finite(const T* rows, std::int64_t stride, std::int64_t count, int columns) {
   VecF zeros{};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) zeros += load(x + i) * 0.f;
-  if (i < count) zeros += load_floats(x + i, static_cast<int>(count - i)) * 0.f;
+  for (std::int64_t i = 0; i < count; ++i)
+    for (int d = 0; d < columns; d += kLanes) zeros += load_floats(rows + i * stride + d, columns - d) * 0.f;
   return sum_of_lanes(zeros) == 0.f;
 }
 

@@ -21,7 +21,7 @@ struct ScoreTile {
 };
 
 /// What the mask leaves of a tile.
-enum class Extent { nothing, part, everything };
+enum class Extent : std::uint8_t { nothing, part, everything };
 
 /// Replaces every vector x of the tile, in row j and vector n, by change(x, j, n).
 template <class Change>

@@ -112,13 +112,13 @@ class FloatProducts {
 
 class ScoreGrads {
  public:
-  ScoreGrads(const detail::Params& p, const detail::Sequence& s, Arena& arena)
+  ScoreGrads(const detail::Params& p, const detail::Sequence& s, std::uint8_t* mask_extents, Arena& arena)
       : p_(p),
         s_(s),
         weights_(arena.take<float>(kBlockKeys * kBlockQueries)),
         grads_(arena.take<float>(kBlockKeys * kBlockQueries)),
         slopes_(arena.take<float>(kBlockKeys * kBlockQueries)),
-        rules_(p, s, arena.take<float>(kBlockKeys * kBlockQueries)) {}
+        rules_(p, s, arena.take<float>(kBlockKeys * kBlockQueries), mask_extents) {}
 
   static std::size_t bytes() { return 4 * Arena::rounded(kBlockKeys * kBlockQueries * sizeof(float)); }
 

@@ -25,8 +25,9 @@ FLASHCORE_INLINE VectorRange vectors_of_block(std::int64_t index, std::int64_t s
 
 class ScoreRules {
  public:
-  /// `plane` has room for a tile.
-  ScoreRules(const detail::Params& p, const detail::Sequence& s, float* plane) : p_(p), s_(s), plane_(plane) {
+  /// `plane` has room for a tile. `mask_extents` as in ForwardTask.
+  ScoreRules(const detail::Params& p, const detail::Sequence& s, float* plane, std::uint8_t* mask_extents)
+      : p_(p), s_(s), plane_(plane), mask_extents_(mask_extents) {
     constexpr std::int64_t kFar = std::int64_t{1} << 60;
     const std::int64_t shift = p.position.top_left ? 0 : s.seqlen_k - s.seqlen_q;
     high_ = p.position.causal ? shift : kFar;
@@ -55,8 +56,22 @@ class ScoreRules {
   }
   void exclude_by_position(const ScoreTile& t) const { keep_band(t, low_, high_); }
 
+  /// What the mask leaves of a tile. A whole tile of a mask that heads share is looked at by the first to come.
   Extent extent(const ScoreTile& t, std::int64_t head) const {
-    return p_.mask.data ? mask_extent(p_.mask, s_, head, t) : Extent::everything;
+    if (!p_.mask.data) return Extent::everything;
+    const bool whole =
+        t.first_key % kBlockKeys == 0 && t.keys == min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - t.first_key);
+    if (!mask_extents_ || !whole) return mask_extent(p_.mask, s_, head, t);
+    constexpr std::uint8_t kSeen = 4;
+    const std::int64_t block = (t.first_query + kBlockQueries - 1) / kBlockQueries;  // the last may begin earlier
+    const std::int64_t key_blocks = (s_.seqlen_k + kBlockKeys - 1) / kBlockKeys;
+    std::uint8_t* entry = mask_extents_ + block * key_blocks + t.first_key / kBlockKeys;
+    // Note: threads that come at the same time write the same.
+    const std::uint8_t known = __atomic_load_n(entry, __ATOMIC_RELAXED);
+    if (known & kSeen) return static_cast<Extent>(known & ~kSeen);
+    const Extent found = mask_extent(p_.mask, s_, head, t);
+    __atomic_store_n(entry, static_cast<std::uint8_t>(kSeen | static_cast<std::uint8_t>(found)), __ATOMIC_RELAXED);
+    return found;
   }
 
   /// Softcap, ALiBi, bias, mask. `slope`, if given, becomes a tile of the softcap's slopes.
@@ -80,7 +95,8 @@ class ScoreRules {
   const detail::Params& p_;
   const detail::Sequence& s_;
   float* const plane_;  // the mask's or bias's part of a tile
-  std::int64_t low_;    // query i sees key j where low ≤ j − i ≤ high
+  std::uint8_t* const mask_extents_;
+  std::int64_t low_;  // query i sees key j where low ≤ j − i ≤ high
   std::int64_t high_;
   bool changes_all_;  // the scores of any tile
 };

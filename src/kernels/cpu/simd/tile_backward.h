@@ -43,7 +43,7 @@ class TileBackward {
         dq_columns_(workspace.take<float>(blocks_ * width_ * kBlockQueries)),
         dk_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_)),
         dv_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_v_)),
-        grads_(p, s_, scratch),
+        grads_(p, s_, task.mask_extents, scratch),
         key_rows_(scratch.take<std::uint16_t>(key_halves(dim_))),
         key_columns_(scratch.take<std::uint16_t>(key_halves(dim_))),
         value_rows_(scratch.take<std::uint16_t>(key_halves(dim_v_))),
@@ -190,17 +190,8 @@ class TileBackward {
   }
 
   TileProduct product(const std::uint16_t* rows, int key, int keys, const std::uint32_t* pairs, int dim, float* to) {
-    TileProduct p;
-    p.depth = static_cast<int>(whole_depth(dim) / kTileDepth);
-    p.rows = static_cast<int>(whole_tiles(keys) / kTileSide);
-    p.columns = kTileVectors;
-    p.a_row = p.depth * kParts * kTileHalves;
-    p.a = rows + key / kTileSide * p.a_row;
-    p.b = pairs;
-    p.c = to;
-    p.c_row = kBlockQueries;
-    p.c_column = kTileSide;
-    return p;
+    const std::int64_t row = whole_depth(dim) * kParts * kTileSide;
+    return tile_product({rows + key / kTileSide * row, row}, keys, dim, pairs, to, kBlockQueries);
   }
   void multiply_scores(std::int64_t block, int key, int keys, float* to) {
     const std::uint32_t* q = q_pairs_ + block * pairs_of_block(dim_);
@@ -302,17 +293,9 @@ class TileBackward {
   }
 
   void add_dq(std::int64_t block, int begin, int keys) {
-    TileProduct p;
-    p.rows = static_cast<int>(width_ / kTileSide);
-    p.depth = static_cast<int>(whole_depth(keys) / kTileDepth);
-    p.columns = kTileVectors;
-    p.a_row = kBlockKeys / kTileDepth * kParts * kTileHalves;
-    p.a = key_columns_ + begin / kTileDepth * kParts * kTileHalves;
-    p.b = grad_pairs_;
-    p.c = dq_of(block);
-    p.c_row = kBlockQueries;
-    p.c_column = kTileSide;
-    multiply<kParts, true>(p);
+    const std::uint16_t* first = key_columns_ + begin / kTileDepth * kParts * kTileHalves;
+    constexpr std::int64_t kRow = kBlockKeys / kTileDepth * kParts * kTileHalves;
+    multiply<kParts, true>(tile_product({first, kRow}, width_, keys, grad_pairs_, dq_of(block), kBlockQueries));
   }
 
   /// to += rows · queries, for the span's keys [begin, end) and a group of query blocks.

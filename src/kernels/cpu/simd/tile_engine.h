@@ -101,8 +101,8 @@ class TileEngine {
 
   static std::size_t bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
     const std::int64_t blocks = span_blocks(head_dim, head_dim_v);
-    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(kBlockKeys * head_dim + kLanes) +
-           Arena::rounded_floats(kBlockKeys * head_dim_v + kLanes) +
+    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
+           Arena::rounded_floats(KeyBlocks::floats(head_dim_v)) +
            Arena::rounded(static_cast<std::size_t>(2 * blocks * key_halves(head_dim))) +
            Arena::rounded(static_cast<std::size_t>(2 * blocks * value_halves(head_dim_v))) +
            Arena::rounded_floats(kParts * kBlockKeys / 2 * kBlockQueries) +
@@ -116,15 +116,15 @@ class TileEngine {
   }
 
   TileEngine(const detail::Params& p, const detail::Sequence& s, const ScoreRules& rules, std::int64_t head_k,
-             Arena& arena)
+             std::int64_t, Arena& arena)
       : p_(p),
         s_(s),
         head_k_(head_k),
         unit_(__builtin_fabsf(rules.query_scale())),
         sign_(rules.query_scale() < 0 ? -1.f : 1.f),
         tile_(arena.take<float>(kBlockKeys * kBlockQueries)),
-        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(kBlockKeys * p.size.head_dim + kLanes)),
-        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(kBlockKeys * p.size.head_dim_v + kLanes)),
+        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(KeyBlocks::floats(p.size.head_dim))),
+        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(KeyBlocks::floats(p.size.head_dim_v))),
         key_tiles_(
             arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) * key_halves(p.size.head_dim))),
         value_tiles_(arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) *
@@ -210,16 +210,9 @@ class TileEngine {
     if (correction && b.started) scale_out(b, dim, correction);
     if (!in_pairs_) pair_weights(t);
     constexpr int kDepth = kBlockKeys / kTileDepth;
-    TileProduct p;
-    p.rows = static_cast<int>(whole_tiles(dim) / kTileSide);
-    p.depth = static_cast<int>(whole_depth(t.keys) / kTileDepth);
-    p.columns = t.vectors;
-    p.a = values.tiles + (t.first_key - block_begin(t.first_key)) / kTileDepth * kParts * kTileHalves;
-    p.a_row = kDepth * kParts * kTileHalves;
-    p.b = weights_;
-    p.c = b.out;
-    p.c_row = t.width();
-    p.c_column = kTileSide;
+    const std::uint16_t* first =
+        values.tiles + (t.first_key - block_begin(t.first_key)) / kTileDepth * kParts * kTileHalves;
+    const TileProduct p = tile_product({first, kDepth * kParts * kTileHalves}, dim, t.keys, weights_, b.out, t.width());
     if (b.started)
       multiply<kParts, true>(p);
     else
@@ -297,18 +290,11 @@ class TileEngine {
   static VecF finite_max(const QueryBlock& b, int n) { return b.max[n] > -kInfinity ? b.max[n] : VecF{}; }
 
   TileProduct score_product(const QueryBlock& b, const ScoreTile& t) {
-    const int depth = static_cast<int>(whole_depth(p_.size.head_dim) / kTileDepth);
-    TileProduct p;
-    p.rows = static_cast<int>(whole_tiles(t.keys) / kTileSide);
-    p.depth = depth;
-    p.columns = t.vectors;
-    p.a_row = depth * kParts * kTileHalves;
-    p.a = keys_of(t.first_key).tiles + (t.first_key - block_begin(t.first_key)) / kTileSide * p.a_row;
-    p.b = static_cast<const std::uint32_t*>(b.q);
-    p.c = t.data;
-    p.c_row = t.width();
-    p.c_column = kTileSide;
-    return p;
+    const int dim = p_.size.head_dim;
+    const std::int64_t row = whole_depth(dim) * kParts * kTileSide;
+    const std::uint16_t* first =
+        keys_of(t.first_key).tiles + (t.first_key - block_begin(t.first_key)) / kTileSide * row;
+    return tile_product({first, row}, t.keys, dim, static_cast<const std::uint32_t*>(b.q), t.data, t.width());
   }
 
   void multiply_scores(const QueryBlock& b, const ScoreTile& t) {

@@ -38,6 +38,26 @@ struct TileProduct {
   std::int64_t c_column;  // from tile to tile
 };
 
+/// A: its first tile, and from a row of tiles to the next.
+struct TileRows {
+  const std::uint16_t* tiles;
+  std::int64_t row;
+};
+
+/// The product of `rows` rows and a depth of `depth` numbers, into rows of C of `width` floats.
+FLASHCORE_INLINE TileProduct tile_product(const TileRows& a, std::int64_t rows, std::int64_t depth,
+                                          const std::uint32_t* b, float* c, std::int64_t width) {
+  return {.rows = static_cast<int>(whole_tiles(rows) / kTileSide),
+          .depth = static_cast<int>(whole_depth(depth) / kTileDepth),
+          .columns = static_cast<int>(width / kTileSide),
+          .a = a.tiles,
+          .a_row = a.row,
+          .b = b,
+          .c = c,
+          .c_row = width,
+          .c_column = kTileSide};
+}
+
 // Tiles 0 to 3 accumulate, 4 and 5 hold A, 6 and 7 hold B.
 template <int kM, int kN, int kParts, bool kAdd>
 FLASHCORE_INLINE void multiply_tiles(const TileProduct& p, int row) {

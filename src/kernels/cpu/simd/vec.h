@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -134,7 +135,8 @@ FLASHCORE_INLINE VecF exp2(VecF x) {
 #if defined(__AVX512DQ__)
   const VecF fraction = reinterpret_cast<VecF>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0));
 #else
-  constexpr float kRounder = 12582912.f;  // 1.5 · 2^23: adding it rounds to an integer, which is in the low bits
+  // Adding 1.5 · 2^23 rounds to an integer, which is in the low bits; 127 more make it the exponent of a float.
+  constexpr float kRounder = 12582912.f + 127.f;
   const VecF shifted = x + kRounder;
   const VecF fraction = x - (shifted - kRounder);
 #endif
@@ -150,9 +152,8 @@ FLASHCORE_INLINE VecF exp2(VecF x) {
   return reinterpret_cast<VecF>(
       _mm512_maskz_scalef_ps(kept, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x - fraction)));
 #else
-  const VecU scaled = reinterpret_cast<VecU>(p) + (reinterpret_cast<VecU>(shifted) << 23);  // may wrap around
-  const VecF result = x < kSmallest ? VecF{} : reinterpret_cast<VecF>(scaled);
-  return x == x ? result : x;
+  const VecF power = reinterpret_cast<VecF>(reinterpret_cast<VecU>(shifted) << 23);
+  return x < kSmallest ? VecF{} : p * power;
 #endif
 }
 
@@ -249,6 +250,30 @@ FLASHCORE_INLINE VecF zip_high(VecF a, VecF b, std::integer_sequence<int, I...>)
   return __builtin_shufflevector(a, b, ((I & 1) ? kLanes + kLanes / 2 + I / 2 : kLanes / 2 + I / 2)...);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/// Transposes a square of vectors: squares of 4 in each half of the registers, then these halves change places. To
+/// interleave whole vectors would take two instructions for each one here.
+FLASHCORE_INLINE void transpose(VecF (&x)[kLanes]) {
+  typedef double Pairs __attribute__((vector_size(kLanes * 4)));
+  VecF y[kLanes];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    const Pairs a = reinterpret_cast<Pairs>(__builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13));
+    const Pairs b = reinterpret_cast<Pairs>(__builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15));
+    const Pairs c = reinterpret_cast<Pairs>(__builtin_shufflevector(x[i + 2], x[i + 3], 0, 8, 1, 9, 4, 12, 5, 13));
+    const Pairs d = reinterpret_cast<Pairs>(__builtin_shufflevector(x[i + 2], x[i + 3], 2, 10, 3, 11, 6, 14, 7, 15));
+    y[i] = reinterpret_cast<VecF>(__builtin_shufflevector(a, c, 0, 4, 2, 6));
+    y[i + 1] = reinterpret_cast<VecF>(__builtin_shufflevector(a, c, 1, 5, 3, 7));
+    y[i + 2] = reinterpret_cast<VecF>(__builtin_shufflevector(b, d, 0, 4, 2, 6));
+    y[i + 3] = reinterpret_cast<VecF>(__builtin_shufflevector(b, d, 1, 5, 3, 7));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = __builtin_shufflevector(y[i], y[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = __builtin_shufflevector(y[i], y[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+#else
 /// Transposes a square of kLanes vectors in log2(kLanes) rounds of interleaving.
 FLASHCORE_INLINE void transpose(VecF (&x)[kLanes]) {
   using Lanes = std::make_integer_sequence<int, kLanes>;
@@ -264,6 +289,7 @@ FLASHCORE_INLINE void transpose(VecF (&x)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) x[i] = y[i];
   }
 }
+#endif
 
 }  // namespace
 }  // namespace flashcore::cpu
