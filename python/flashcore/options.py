@@ -21,7 +21,7 @@ ROW_ORDER = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "thd": (1, 0)}
 
 
 class AttentionKeywords(TypedDict, total=False):
-    """What `supports`, `explain` and `plan` take: keywords of `attention`, its varlen and decode forms and gradients."""
+    """What `supports`, `explain` and `plan` take: keywords of `attention`, of varlen, decode and gradients."""
 
     causal: Causal
     window: Window
