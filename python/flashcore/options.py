@@ -20,7 +20,7 @@ ROW_ORDER = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "thd": (1, 0)}
 
 
 class AttentionKeywords(TypedDict, total=False):
-    """What `supports`, `explain` and `plan` take: `attention`'s keywords and those of its varlen, decode and backward."""
+    """What `supports`, `explain` and `plan` take: what `attention` takes and its varlen, decode and backward forms."""
 
     causal: Causal
     window: Window
