@@ -84,6 +84,17 @@ TEST_P(EachIsa, FindsGradientsAtTheEdgesOfTiles) {
     check(line);
 }
 
+// Few key heads with many keys: chunks of keys are tasks of their own, whose parts of dq are summed.
+TEST_P(EachIsa, FindsGradientsOfKeysInChunks) {
+  for (const char* line : {
+           "bwd fp32 b1 q60 k2500 h4/2 d32/16 causal_br bias sinks dbias dsinks dlse",
+           "bwd bf16 b1 q40 k3100 h2/1 d70 window1500,* mask",
+           "bwd fp16 b2 q30 k1300 h1 d40 seqused dropout0.3 seed5",
+           "bwd fp32 b3 q20 k1200 h2/1 d16 varlen40/2100 causal_tl",
+       })
+    check(line);
+}
+
 // Whatever the numbers of threads and so the cut into tasks, the arithmetic of each result is the same.
 TEST_P(EachIsa, GivesTheSameBitsForAnyNumberOfThreads) {
   const Environment wanted("FLASHCORE_CPU_ISA", GetParam().c_str());
@@ -93,6 +104,7 @@ TEST_P(EachIsa, GivesTheSameBitsForAnyNumberOfThreads) {
            "fwd fp32 b1 q1000 k200 h1 d32 alibi lse",
            "decode bf16 b2 q1 k2000 h8/4 d64 lse",
            "bwd fp32 b2 q100 k120 h4/2 d32 causal_br bias sinks dbias dsinks",
+           "bwd fp16 b1 q70 k3000 h4/2 d32 causal_br",
        }) {
     std::vector<std::vector<unsigned char>> bits;
     for (const int threads : {1, 2, 5}) {

@@ -64,15 +64,15 @@ class Backward {
       : Backward(p, task, scratch, Arena(task.workspace)) {}
 
   void run() {
-    const std::int64_t keys = s_.seqlen_k;
+    const std::int64_t keys = task_.key_end - task_.key_begin;
     std::memset(dk_, 0, static_cast<std::size_t>(keys * width_) * sizeof(float));
     std::memset(dv_, 0, static_cast<std::size_t>(keys * width_v_) * sizeof(float));
     const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
     for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_)
       with_storage(p_.dtype, [this](auto storage) { add_head<decltype(storage)>(); });
     with_storage(p_.dtype, [this](auto storage) {
-      store_key_rows<decltype(storage)>(p_, s_, task_.head_k, p_.grad.dk, dk_, width_, p_.size.head_dim, scale_);
-      store_key_rows<decltype(storage)>(p_, s_, task_.head_k, p_.grad.dv, dv_, width_v_, p_.size.head_dim_v, 1.f);
+      store_key_rows<decltype(storage)>(p_, task_, p_.grad.dk, dk_, width_, p_.size.head_dim, scale_);
+      store_key_rows<decltype(storage)>(p_, task_, p_.grad.dv, dv_, width_v_, p_.size.head_dim_v, 1.f);
     });
   }
 
@@ -90,8 +90,9 @@ class Backward {
         dq_columns_(workspace.take<float>(queries_ * p.size.head_dim)),
         q_rows_(workspace.take<float>(queries_ * width_)),
         dout_rows_(workspace.take<float>(queries_ * width_v_)),
-        dk_(workspace.take<float>(s_.seqlen_k * width_)),
-        dv_(workspace.take<float>(s_.seqlen_k * width_v_)),
+        dk_(workspace.take<float>((task.key_end - task.key_begin) * width_)),
+        dv_(workspace.take<float>((task.key_end - task.key_begin) * width_v_)),
+        dq_of_chunk_(workspace.take<float>(queries_ * p.size.head_dim)),
         grads_(p, s_, task.mask_extents, scratch),
         keys_(p, p.k, s_, task.head_k, p.size.head_dim, scratch.take<float>(KeyBlocks::floats(p.size.head_dim)),
               queries_ / kBlockQueries),
@@ -125,21 +126,14 @@ class Backward {
       pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
     widen_queries(p_.q, p_.size.head_dim, q_rows_, T{});
     widen_queries(p_.grad.dout, p_.size.head_dim_v, dout_rows_, T{});
-    if (task_.dsinks)
+    if (task_.dsinks && task_.key_begin == 0)
       task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, columns_.lse, columns_.delta);
-    std::memset(dq_columns_, 0, static_cast<std::size_t>(queries_ * p_.size.head_dim) * sizeof(float));
-    for (std::int64_t first = 0; first < s_.seqlen_k; first += kBlockKeys) {
-      const int count = static_cast<int>(min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - first));
-      for (std::int64_t n = 0; n < blocks; ++n) add_block(tile_of(n), {first, count});
-    }
-    for (std::int64_t n = 0; n < blocks && p_.grad.dq.data; ++n) {
-      const ScoreTile t = tile_of(n);
-      VecF factor[kTileVectors];
-      for (VecF& x : factor) x = broadcast(scale_);
-      T* dq = static_cast<T*>(p_.grad.dq.data) + detail::q_offset(p_.grad.dq, s_, head_, t.first_query);
-      unpack_transposed<T>(dq_columns_ + t.first_query * p_.size.head_dim, t.vectors, factor, dq, p_.grad.dq.seq,
-                           t.queries, p_.size.head_dim);
-    }
+    sum_chunks(task_, queries_ * p_.size.head_dim, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
+      for (std::int64_t n = 0; n < blocks; ++n) add_block(tile_of(n), span, dq);
+    });
+    for (std::int64_t n = 0; n < blocks; ++n)
+      store_query_columns<T>(p_, task_, head_, tile_of(n), dq_columns_ + tile_of(n).first_query * p_.size.head_dim,
+                             scale_);
   }
 
   /// Rows that are whole vectors of floats, dense, are used where they lie.
@@ -157,14 +151,14 @@ class Backward {
   }
 
   /// What a span of keys and a query block give to each other.
-  void add_block(const ScoreTile& block, const KeySpan& span) {
+  void add_block(const ScoreTile& block, const KeySpan& span, float* dq_columns) {
     if (!grads_.turn_to(block, head_, span, 4)) return;
     const QueryColumns columns = columns_of(block);
     grads_.find(columns.lse, columns.delta, FloatProducts(p_, columns, keys_, values_, span));
     grads_.pass_softcap();
     const ScoreTile& weights = grads_.weights();
     const ScoreTile grads = grads_.grads();
-    const std::int64_t key = grads.first_key;
+    const std::int64_t key = grads.first_key - task_.key_begin;
     const std::int64_t query = grads.first_query;
     const int dim = p_.size.head_dim;
     const int dim_v = p_.size.head_dim_v;
@@ -172,8 +166,8 @@ class Backward {
       multiply_wide_rows(weights, query_rows(p_.grad.dout, dim_v, dout_rows_, query), dv_ + key * width_v_, width_v_);
     if (p_.grad.dk.data) multiply_wide_rows(grads, query_rows(p_.q, dim, q_rows_, query), dk_ + key * width_, width_);
     if (!p_.grad.dq.data) return;
-    const KeyRows k = keys_.rows(span.first, span.count).from(key - span.first);
-    float* dq = dq_columns_ + query * dim;
+    const KeyRows k = keys_.rows(span.first, span.count).from(grads.first_key - span.first);
+    float* dq = dq_columns + query * dim;
     if (grads_.some_excluded() && !keys_.is_finite(span.first, span.count))
       add_values_with_weight(grads, k, dim, dq);
     else
@@ -191,8 +185,9 @@ class Backward {
   float* const dq_columns_;
   float* const q_rows_;  // (seqlen_q, width_)
   float* const dout_rows_;
-  float* const dk_;  // (seqlen_k, width_)
+  float* const dk_;  // (the task's keys, width_)
   float* const dv_;
+  float* const dq_of_chunk_;  // of a chunk but the first
   ScoreGrads grads_;
   KeyBlocks keys_;
   KeyBlocks values_;

@@ -28,12 +28,17 @@ struct DecodeTask {
   float* partial;
 };
 
-/// Backward work of one thread: a key head and all queries that share it.
+/// Backward work of one thread: a key head, or a chunk of its keys, and all queries that share it. What each chunk
+/// gives to dq is summed by itself, and these sums in the order of keys: whether chunks are tasks changes no bit.
 struct BackwardTask {
   detail::Sequence sequence;
   std::int64_t head_k;
-  void* workspace;             // of backward_workspace() bytes
-  double* dsinks;              // (batch, heads_q): each sequence's part of the sinks' gradients; null: not wanted
+  std::int64_t key_begin;
+  std::int64_t key_end;
+  std::int64_t chunk_keys;
+  float* dq_part;   // of a task of one chunk: (heads that share it, seqlen_q, dq_width); null: dq itself is written
+  void* workspace;  // of backward_workspace() bytes
+  double* dsinks;   // (batch, heads_q): each sequence's part of the sinks' gradients; null: not wanted
   std::uint8_t* mask_extents;  // as in ForwardTask
 };
 
@@ -66,17 +71,26 @@ struct Isa {
   void (*backward)(const detail::Params& params, const BackwardTask& task, void* scratch);
   std::size_t (*backward_scratch)(std::int64_t head_dim, std::int64_t head_dim_v);
 
+  /// Writes dq of a head as the sum of `parts` parts, which lie `stride` floats apart.
+  void (*sum_dq)(const detail::Params& params, const detail::Sequence& sequence, std::int64_t head, const float* part,
+                 std::int64_t stride, std::int64_t parts);
+
   void (*bias_grad)(const detail::Params& params, const BiasGradTask& task, void* scratch);
   std::size_t (*bias_grad_scratch)(std::int64_t head_dim, std::int64_t head_dim_v);
   int block_keys;  // of a tile; its queries are lanes · tile_vectors
 
-  /// Bytes that a backward task needs: both forms of q and dout, as floats or as up to three bfloat16 for each, and the
-  /// gradients as floats. Enough for every instruction set, so that a plan holds for each.
+  /// Floats from row to row of a part of dq.
+  static std::int64_t dq_width(std::int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+  /// Bytes that a backward task of so many keys needs: both forms of q and dout, as floats or as up to three bfloat16
+  /// for each, and the gradients as floats; dq twice if the keys are several chunks. Enough for every instruction set,
+  /// so that a plan holds for each.
   static std::size_t backward_workspace(std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t head_dim,
-                                        std::int64_t head_dim_v) {
+                                        std::int64_t head_dim_v, bool several_chunks) {
     const auto whole = [](std::int64_t x) { return (x + 31) / 32 * 32; };
     const std::int64_t dims = whole(head_dim) + whole(head_dim_v);
-    const std::int64_t floats = whole(seqlen_q) * (3 * dims + whole(head_dim) + 2) + whole(seqlen_k) * dims;
+    const std::int64_t floats =
+        whole(seqlen_q) * (3 * dims + (several_chunks ? 2 : 1) * whole(head_dim) + 2) + whole(seqlen_k) * dims;
     return static_cast<std::size_t>(floats) * sizeof(float) + 16 * 64;
   }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "arena.h"
+#include "isa.h"
 #include "value.h"
 
 namespace flashcore::cpu {
@@ -51,15 +52,58 @@ inline double sink_gradient(const detail::Params& p, const detail::Sequence& s, 
   return sum;
 }
 
-/// factor · rows, `width` floats apart, as the gradient of a key head's keys or values; nothing if it is not wanted.
+/// factor · rows, `width` floats apart, as the gradient of a task's keys or values; nothing if it is not wanted.
 template <class T>
-void store_key_rows(const detail::Params& p, const detail::Sequence& s, std::int64_t head_k,
-                    const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
+void store_key_rows(const detail::Params& p, const BackwardTask& task, const detail::TensorParams& target,
+                    const float* rows, std::int64_t width, int dim, float factor) {
   if (!target.data) return;
-  for (std::int64_t j = 0; j < s.seqlen_k; ++j) {
-    T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, s, head_k, j);
-    for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + j * width + d) * factor, dim - d);
+  for (std::int64_t j = task.key_begin; j < task.key_end; ++j, rows += width) {
+    T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, task.sequence, task.head_k, j);
+    for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + d) * factor, dim - d);
   }
+}
+
+/// to += from.
+inline void add_floats(const float* from, std::int64_t count, float* to) {
+  for (std::int64_t i = 0; i < count; i += kLanes) store(to + i, load(to + i) + load(from + i));
+}
+
+/// Columns of a query block as rows: dq's, multiplied with `factor`, or those of a task's part. Nothing if dq is not
+/// wanted.
+template <class T>
+void store_query_columns(const detail::Params& p, const BackwardTask& task, std::int64_t head, const ScoreTile& t,
+                         const float* columns, float factor) {
+  if (!p.grad.dq.data) return;
+  const int dim = p.size.head_dim;
+  VecF factors[kTileVectors];
+  for (VecF& x : factors) x = broadcast(task.dq_part ? 1.f : factor);
+  if (!task.dq_part) {
+    T* dq = static_cast<T*>(p.grad.dq.data) + detail::q_offset(p.grad.dq, task.sequence, head, t.first_query);
+    return unpack_transposed<T>(columns, t.vectors, factors, dq, p.grad.dq.seq, t.queries, dim);
+  }
+  const std::int64_t width = Isa::dq_width(dim);
+  const std::int64_t group = p.size.heads_q / p.size.heads_k;
+  const std::int64_t row = (head - task.head_k * group) * task.sequence.seqlen_q + t.first_query;
+  unpack_transposed<float>(columns, t.vectors, factors, task.dq_part + row * width, width, t.queries, dim);
+}
+
+/// dq of a head from what chunks of keys gave to it, in their order.
+inline void sum_dq(const detail::Params& p, const detail::Sequence& s, std::int64_t head, const float* part,
+                   std::int64_t stride, std::int64_t parts) {
+  const int dim = p.size.head_dim;
+  const std::int64_t width = Isa::dq_width(dim);
+  const float factor = static_cast<float>(p.score.scale);
+  with_storage(p.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    T* to = static_cast<T*>(p.grad.dq.data) + detail::q_offset(p.grad.dq, s, head, 0);
+    for (std::int64_t i = 0; i < s.seqlen_q; ++i)
+      for (int d = 0; d < dim; d += kLanes) {
+        const float* from = part + i * width + d;
+        VecF sum = load_floats(from, dim - d);
+        for (std::int64_t n = 1; n < parts; ++n) sum += load_floats(from + n * stride, dim - d);
+        store_floats(to + i * p.grad.dq.seq + d, sum * factor, dim - d);
+      }
+  });
 }
 
 /// A query block, ready for products: columns of (head_dim, width), and a number a query.
@@ -85,6 +129,22 @@ struct KeySpan {
   std::int64_t first;
   int count;
 };
+
+/// Calls add(span, dq) for each block of a task's keys and sums what they add to dq, each chunk's by itself: dq of the
+/// first in `sum`, which then takes up that of each other, which was in `chunk`. Both have `count` floats.
+template <class Add>
+void sum_chunks(const BackwardTask& task, std::int64_t count, float* sum, float* chunk, Add&& add) {
+  const auto clear = [&](float* dq) { std::memset(dq, 0, static_cast<std::size_t>(count) * sizeof(float)); };
+  clear(sum);
+  for (std::int64_t begin = task.key_begin; begin < task.key_end; begin += task.chunk_keys) {
+    const std::int64_t end = min_of(begin + task.chunk_keys, task.key_end);
+    float* dq = begin == task.key_begin ? sum : chunk;
+    if (dq == chunk) clear(chunk);
+    for (std::int64_t first = begin; first < end; first += kBlockKeys)
+      add(KeySpan{first, static_cast<int>(min_of<std::int64_t>(kBlockKeys, end - first))}, dq);
+    if (dq == chunk) add_floats(chunk, count, sum);
+  }
+}
 
 /// The two products of a tile, in floats: each starts from a vector for every vector of queries.
 class FloatProducts {

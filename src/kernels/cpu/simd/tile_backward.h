@@ -41,8 +41,9 @@ class TileBackward {
         lse_(workspace.take<float>(blocks_ * kBlockQueries)),
         delta_(workspace.take<float>(blocks_ * kBlockQueries)),
         dq_columns_(workspace.take<float>(blocks_ * width_ * kBlockQueries)),
-        dk_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_)),
-        dv_(workspace.take<float>(whole_tiles(s_.seqlen_k) * width_v_)),
+        dk_(workspace.take<float>(whole_tiles(task.key_end - task.key_begin) * width_)),
+        dv_(workspace.take<float>(whole_tiles(task.key_end - task.key_begin) * width_v_)),
+        dq_of_chunk_(workspace.take<float>(blocks_ * width_ * kBlockQueries)),
         grads_(p, s_, task.mask_extents, scratch),
         key_rows_(scratch.take<std::uint16_t>(key_halves(dim_))),
         key_columns_(scratch.take<std::uint16_t>(key_halves(dim_))),
@@ -54,15 +55,15 @@ class TileBackward {
         step_grads_(scratch.take<float>(2 * kStepFloats)) {}
 
   void run() {
-    const std::size_t keys = static_cast<std::size_t>(whole_tiles(s_.seqlen_k));
+    const std::size_t keys = static_cast<std::size_t>(whole_tiles(task_.key_end - task_.key_begin));
     std::memset(dk_, 0, keys * static_cast<std::size_t>(width_) * sizeof(float));
     std::memset(dv_, 0, keys * static_cast<std::size_t>(width_v_) * sizeof(float));
     const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
     with_storage(p_.dtype, [&](auto storage) {
       using T = decltype(storage);
       for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_) add_head<T>();
-      store_key_rows<T>(p_, s_, task_.head_k, p_.grad.dk, dk_, width_, dim_, scale_);
-      store_key_rows<T>(p_, s_, task_.head_k, p_.grad.dv, dv_, width_v_, dim_v_, 1.f);
+      store_key_rows<T>(p_, task_, p_.grad.dk, dk_, width_, dim_, scale_);
+      store_key_rows<T>(p_, task_, p_.grad.dv, dv_, width_v_, dim_v_, 1.f);
     });
   }
 
@@ -99,23 +100,20 @@ class TileBackward {
   template <class T>
   void add_head() {
     for (std::int64_t n = 0; n < blocks_; ++n) pack_block<T>(n);
-    if (task_.dsinks) task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, lse_, delta_);
-    std::memset(dq_columns_, 0, static_cast<std::size_t>(blocks_ * width_ * kBlockQueries) * sizeof(float));
-    for (std::int64_t first = 0; first < s_.seqlen_k; first += kBlockKeys) {
-      span_ = {first, static_cast<int>(min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - first))};
+    if (task_.dsinks && task_.key_begin == 0)
+      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, lse_, delta_);
+    const std::int64_t block_floats = width_ * kBlockQueries;
+    sum_chunks(task_, blocks_ * block_floats, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
+      span_ = span;
+      dq_ = dq;
       split_rows<kParts>(key_rows<T>(p_.k, span_, dim_), key_rows_);
       split_rows<kParts>(key_rows<T>(p_.v, span_, dim_v_), value_rows_);
       if (p_.grad.dq.data)
         split_columns<kParts>(key_rows<T>(p_.k, span_, dim_), kBlockKeys / kTileDepth * kParts, key_columns_);
       for (std::int64_t n = 0; n < blocks_; n += kGroup) add_group(n);
-    }
-    if (!p_.grad.dq.data) return;
-    for (std::int64_t n = 0; n < blocks_; ++n) {
-      const ScoreTile t = tile_of(n);
-      const VecF factor[kTileVectors] = {broadcast(scale_), broadcast(scale_)};
-      T* dq = static_cast<T*>(p_.grad.dq.data) + detail::q_offset(p_.grad.dq, s_, head_, t.first_query);
-      unpack_transposed<T>(dq_of(n), kTileVectors, factor, dq, p_.grad.dq.seq, t.queries, dim_);
-    }
+    });
+    for (std::int64_t n = 0; n < blocks_; ++n)
+      store_query_columns<T>(p_, task_, head_, tile_of(n), dq_columns_ + n * block_floats, scale_);
   }
 
   template <class T>
@@ -144,7 +142,7 @@ class TileBackward {
   /// From two columns of tiles to the next.
   std::int64_t pair_stride() const { return blocks_ * kParts * 2 * kTilePairs; }
 
-  float* dq_of(std::int64_t block) const { return dq_columns_ + block * width_ * kBlockQueries; }
+  float* dq_of(std::int64_t block) const { return dq_ + block * width_ * kBlockQueries; }
 
   /// What the span of keys and some query blocks give to each other.
   void add_group(std::int64_t first) {
@@ -308,7 +306,7 @@ class TileBackward {
     p.a_row = kRowTiles;
     p.a = rows + begin / kTileSide * kRowTiles;
     p.b = queries + first * kParts * 2 * kTilePairs;
-    p.c = to + (span_.first + begin) * width;
+    p.c = to + (span_.first - task_.key_begin + begin) * width;
     p.c_row = width;
     p.c_column = kTileSide;
     const std::int64_t single = p.columns % 2;  // the last of an odd number of columns lies closer
@@ -337,8 +335,10 @@ class TileBackward {
   float* const lse_;
   float* const delta_;
   float* const dq_columns_;  // (width_, kBlockQueries) for each block
-  float* const dk_;          // (seqlen_k, width_)
+  float* const dk_;          // (the task's keys, width_)
   float* const dv_;
+  float* const dq_of_chunk_;  // of a chunk but the first
+  float* dq_ = nullptr;       // of the current chunk
   ScoreGrads grads_;
   std::uint16_t* const key_rows_;
   std::uint16_t* const key_columns_;
