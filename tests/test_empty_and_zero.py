@@ -85,6 +85,16 @@ def test_zero_sizes(batch, seqlen, words, xp):
         np.testing.assert_array_equal(xp.numpy(grad), np.zeros(tuple(x.shape)))
 
 
+def test_a_mask_of_no_batch(xp):
+    """What tasks would tell each other of the mask has no room in the workspace, as nobody will ask."""
+    q, k, v = qkv(xp, batch=0, seqlen=(30, 20))
+    mask = xp.array(np.ones((30, 20)), "bool")
+    out, lse = fc.attention(q, k, v, mask=mask, return_lse=True)
+    assert tuple(out.shape) == (0, 2, 30, 8)
+    dq, dk, _ = fc.attention_backward(out, q, k, v, out, lse, mask=mask)
+    assert (tuple(dq.shape), tuple(dk.shape)) == ((0, 2, 30, 8), (0, 2, 20, 8))
+
+
 def test_zero_sizes_fill_a_given_out(xp):
     """No key at all: `out` is still written."""
     q, k, v = qkv(xp, seqlen=(5, 0))

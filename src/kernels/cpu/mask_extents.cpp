@@ -21,7 +21,7 @@ std::int64_t tiles_of(const Plan& plan) {
 /// Tiles of sequences of different lengths are not the same.
 bool may_share(const Problem& problem) {
   return (problem.flags & kMask) && !(problem.flags & (kVarlen | kSequsedK)) && problem.phase != Phase::decode &&
-         problem.size.heads_q > 1;
+         problem.size.batch > 0 && problem.size.heads_q > 1;
 }
 
 }  // namespace
