@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, Literal, Optional, TypedDict, Union
 
 from . import _core
+from .interop import is_traced
 
 Layout = Literal["bhsd", "bshd"]
 Causal = Union[bool, Literal["top_left", "bottom_right"]]
@@ -20,7 +21,7 @@ ROW_ORDER = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "thd": (1, 0)}
 
 
 class AttentionKeywords(TypedDict, total=False):
-    """What `supports`, `explain` and `plan` take: what `attention` takes and its varlen, decode and backward forms."""
+    """What `supports`, `explain` and `plan` take: keywords of `attention`, of varlen, decode and gradients."""
 
     causal: Causal
     window: Window
@@ -128,12 +129,35 @@ def convert(
     kernel: Optional[str],
 ) -> _core.Options:
     """The library's options for these words."""
-    # What is remembered must be plain values: an array of one element may change later, and a list has no hash.
-    sides = None if window is None else window_sides(window)
-    if scale is not None:
-        scale = float(scale)
-    if type(softcap) is not float:
-        softcap = float(softcap)
-    if type(dropout_p) is not float:
-        dropout_p = float(dropout_p)
-    return _convert(layout, causal, sides, scale, softcap, dropout_p, seed, deterministic, kernel)
+    try:
+        # What is remembered must be plain values: an array of one element may change later, and a list has no hash.
+        sides = None if window is None else window_sides(window)
+        if scale is not None:
+            scale = float(scale)
+        if type(softcap) is not float:
+            softcap = float(softcap)
+        if type(dropout_p) is not float:
+            dropout_p = float(dropout_p)
+        return _convert(layout, causal, sides, scale, softcap, dropout_p, seed, deterministic, kernel)
+    except (TypeError, ValueError):
+        refuse_traced(
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            seed=seed,
+            deterministic=deterministic,
+        )
+        raise
+
+
+def refuse_traced(**words: Any) -> None:
+    """Raises TypeError for a word that is traced by JAX: a program is compiled for the words of its calls."""
+    for name, value in words.items():
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        if any(map(is_traced, parts)):
+            raise TypeError(
+                f"{name}: a traced value given; it is written into the compiled program, so a plain Python value is "
+                "needed (for jax.jit: static_argnames)"
+            ) from None
