@@ -560,8 +560,8 @@ struct Consumer {
     ptx::bulk_commit();
   }
 
-  /// From registers: the four threads of a quad exchange pairs of columns, so that each stores 16 bytes. Slower than the
-  /// copy engine, but no shared memory is taken from the next tile's queries.
+  /// From registers: the four threads of a quad exchange pairs of columns, so that each stores 16 bytes. Slower than
+  /// the copy engine, but no shared memory is taken from the next tile's queries.
   __device__ __forceinline__ void store_directly(const float (&o)[kHeadDim / 2], int row) const {
     const detail::TensorParams& out = args.params.out;
     const int columns = args.params.size.head_dim_v;
