@@ -51,4 +51,12 @@ constexpr int small_keys(int head_dim, long long seqlen_k) {
   return seqlen_k <= 128 || head_dim > 64 ? 64 : 128;
 }
 
+/// The same where the keys are to be in so many parts; 0 where no kernel is compiled for that.
+constexpr int small_keys_of_parts(int head_dim, long long seqlen_k, int parts) {
+  const int most = head_dim > 64 ? 64 : 128;
+  for (int keys = 32; keys <= most; keys *= 2)
+    if ((seqlen_k + keys - 1) / keys == parts) return keys;
+  return 0;
+}
+
 }  // namespace flashcore::sm90
