@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         if given is not None and given < least:
             raise ValueError(f"{name} {given} given; at least {least} is allowed")
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, report.WIDE)
     return _tune_rows(console, arguments) if arguments.rows else _search(console, arguments)
 
 

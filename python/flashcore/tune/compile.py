@@ -28,14 +28,9 @@ SHAPES = FOLDER / "ptx/wgmma_shapes.cuh"
 OTHERS = (FOLDER / "common/repair.cu", FOLDER / "common/tensor_map.cpp")
 #: what the entry is made of
 SOURCES = ("include", "src/cuda", "src/kernels/common", "src/kernels/ptx", "src/kernels/sm90", "src/kernels/tile")
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-DNDEBUG",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-)
-LINK = ("-shared", "-cudart=static", "-Xlinker=-z,defs", "-gencode=arch=compute_90a,code=sm_90a")
+ARCH = "-gencode=arch=compute_90a,code=sm_90a"
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", ARCH, "-Xcompiler=-fPIC,-fvisibility=hidden")
+LINK = ("-shared", "-cudart=static", "-Xlinker=-z,defs", ARCH)
 #: a compiler that is not done after so many seconds never will be
 LIMIT = 300.0
 USAGE = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -1,5 +1,5 @@
-"""What a tile is worth: right or not, and how fast beside the one that is there. Judged in a process of its own: a kernel
-may hang, or break what the process has on the GPU."""
+"""What a tile is worth: right or not, and how fast beside the one that is there. Judged in a process of its own: a
+kernel may hang, or break what the process has on the GPU."""
 
 from __future__ import annotations
 

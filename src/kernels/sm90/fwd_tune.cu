@@ -1,18 +1,22 @@
-// One instance of the forward kernel behind C functions: what `python -m flashcore tune` compiles for every tile that it
-// tries. No part of the library. The instance comes as macros:
+// One instance of the forward kernel behind C functions: what `python -m flashcore tune` compiles for every tile that
+// it tries. No part of the library. The instance comes as macros:
 //
-//   -DFLASHCORE_TUNE_ELEMENT=BFloat16 -DFLASHCORE_TUNE_BUCKET=64 -DFLASHCORE_TUNE_KIND=full
-//   -DFLASHCORE_FWD_TILE=192,128,2,2,true,false,32,160,8,32   (left out: the tile of tiles.h)
+//   #define FLASHCORE_TUNE_ELEMENT BFloat16
+//   #define FLASHCORE_TUNE_BUCKET 64
+//   #define FLASHCORE_TUNE_KIND full
+//   #define FLASHCORE_FWD_TILE 192, 128, 2, 2, true, false, 32, 160, 8, 32   (left out: the tile of tiles.h)
 #include <cstdio>
+#include <exception>
+#include <type_traits>
 
 #include "fwd_launch.cuh"
 
 using namespace flashcore;
 
-using Traits =
-    sm90::FwdTraits<detail::FLASHCORE_TUNE_ELEMENT, FLASHCORE_TUNE_BUCKET, sm90::FwdKind::FLASHCORE_TUNE_KIND>;
+using Element = detail::FLASHCORE_TUNE_ELEMENT;
+using Traits = sm90::FwdTraits<Element, FLASHCORE_TUNE_BUCKET, sm90::FwdKind::FLASHCORE_TUNE_KIND>;
 
-/// A call on contiguous tensors (batch, heads, seqlen, head_dim). python/flashcore/tune/instance.py has the same struct.
+/// A call on contiguous tensors (batch, heads, seqlen, head_dim). python/flashcore/tune/instance.py has it, too.
 struct TuneCall {
   void* q;
   void* k;
@@ -35,7 +39,7 @@ detail::TensorParams contiguous(void* data, std::int64_t heads, std::int64_t row
 
 detail::Params params_of(const TuneCall& call) {
   detail::Params p;
-  p.dtype = p.dtype_out = std::is_same_v<typename Traits::Element, detail::Float16> ? DType::float16 : DType::bfloat16;
+  p.dtype = p.dtype_out = std::is_same_v<Element, detail::Float16> ? DType::float16 : DType::bfloat16;
   p.size.batch = call.batch;
   p.size.seqlen_q = call.seqlen_q;
   p.size.seqlen_k = call.seqlen_k;
