@@ -81,11 +81,11 @@ def autotune(
 
 def tuned_path(path: Optional[AnyPath]) -> Path:
     """The file that is meant. Raises ValueError where none is named or where it could not be written."""
+    from .bench.results import check_writable
+
     named = path or os.environ.get("FLASHCORE_TUNED")
     if not named:
         raise ValueError("no file for the tuned kernels: give a path, or set FLASHCORE_TUNED")
     target = Path(named)
-    folder = target.parent
-    if target.is_dir() or not folder.is_dir() or not os.access(target if target.exists() else folder, os.W_OK):
-        raise ValueError(f"{target}: cannot be written")
+    check_writable(target)
     return target
