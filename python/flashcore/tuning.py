@@ -72,7 +72,7 @@ def autotune(
         raise ValueError(f"seconds={seconds} given; it must be positive")
     target = tuned_path(path)
     before = files.read(target) if target.exists() else []
-    stage = Stage(device)
+    stage = Stage(device, with_torch=False)
     found = [rows.tune(line, stage, seconds) for line in dict.fromkeys(lines)]
     files.write(target, files.merge(before, found))
     load_tuned(target)

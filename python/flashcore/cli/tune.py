@@ -70,8 +70,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=f"of timing: each tile ({TILE_SECONDS:g}), with --rows each line ({ROW_SECONDS:g})",
     )
     search = parser.add_argument_group("search")
-    search.add_argument("--minutes", type=float, default=10.0, help="it ends after so long (10)")
-    search.add_argument("--generations", type=int, default=1000, help="or after so many (1000)")
+    search.add_argument("--minutes", type=float, default=10.0, help="of searching (10)")
+    search.add_argument("--generations", type=int, default=1000, help="it ends after so many (1000)")
     search.add_argument("--population", type=int, default=16, help="tiles of a generation (16)")
     search.add_argument("--seed", type=int, default=0, help="of its random numbers (0)")
     search.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time (cores)")
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _tune_rows(console: Console, arguments: argparse.Namespace) -> int:
     target = tuned_path(arguments.save)
     before = files.read(target) if target.exists() else []
-    stage = Stage(arguments.device)
+    stage = Stage(arguments.device, with_torch=False)
     lines = cases.lines_of(arguments.lines, stage.kind)
     found: list[rows.Finding] = []
     finished = True

@@ -32,7 +32,7 @@ def serve(pipe: Any, lines: list[str], device: str, incumbent: str) -> None:
     process is of no more use), until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
     try:
-        stage = Stage(device)
+        stage = Stage(device, with_torch=False)
         known = Library(Path(incumbent))
         benches = [Bench(parse(line), stage, known) for line in lines]
     except Exception as error:
