@@ -184,6 +184,17 @@ TEST(Ladder, ChoosesTheHeightOfItsTiles) {
   EXPECT_EQ(height("fwd fp16 b4 q512 k512 h8 d128", 64), 32);
 }
 
+TEST(SmallProblems, CutTheirKeysAsTheSettingSays) {
+  if (!built_with_cuda()) GTEST_SKIP() << "this build has no CUDA rows";
+  const Problem problem = parse_problem("fwd fp16 b1 q128 k128 h4 d64");
+  const DeviceInfo device = fake_gpu(9, 0, 227);
+  if (!is_run(problem, device) || kernel_word(make_plan(problem, device)) != "cuda.sm90.fwd_small")
+    GTEST_SKIP() << "this build has no such row";
+  EXPECT_EQ(make_plan(problem, device).splits, 2);
+  EXPECT_EQ(make_plan(problem, device, "fwd_small:splits4").splits, 4);
+  EXPECT_THROW(make_plan(problem, device, "fwd_small:splits3"), Unsupported) << "no kernel has so many keys a part";
+}
+
 TEST(KernelVariable, ChoosesTheRowWhereTheCallDoesNot) {
   const Environment variable("FLASHCORE_KERNEL", "cpu.reference");
   const Problem problem = parse_problem("fwd fp16 b1 q8 k8 h1 d64");

@@ -28,7 +28,7 @@ template <class... Tensors>
 Support try_to_plan(const AttentionOptions& options, const Tensors&... tensors) {
   try {
     const Call call = detail::validate(tensors..., options, Check::shapes, nullptr);
-    return {true, detail::make_plan(call.problem, device_info(call.device), options.kernel).kernel->name, {}};
+    return {true, kernel_word(detail::make_plan(call.problem, device_info(call.device), options.kernel)), {}};
   } catch (const std::exception& reason) {
     return {false, {}, reason.what()};
   }

@@ -62,11 +62,11 @@ AttentionPlan AttentionPlan::decode(const DecodeInputs& inputs, const AttentionO
 
 std::size_t AttentionPlan::workspace_bytes() const noexcept { return state_->plan.workspace.bytes(); }
 
-std::string AttentionPlan::kernel() const { return state_->plan.kernel->name; }
+std::string AttentionPlan::kernel() const { return detail::kernel_word(state_->plan); }
 
 std::string AttentionPlan::describe() const {
   const detail::Plan& plan = state_->plan;
-  return to_line(plan.problem) + " on " + name_of(plan.device) + " -> " + plan.kernel->name + ", workspace " +
+  return to_line(plan.problem) + " on " + name_of(plan.device) + " -> " + detail::kernel_word(plan) + ", workspace " +
          std::to_string(plan.workspace.bytes()) + " bytes";
 }
 

@@ -43,6 +43,12 @@ const std::vector<const Kernel*>& kernels_of(DeviceType type) {
   return type == DeviceType::cpu ? cpu : cuda;
 }
 
+KernelWord parse_kernel_word(std::string_view word) {
+  const std::size_t colon = word.find(':');
+  if (colon == std::string_view::npos) return {word, {}};
+  return {word.substr(0, colon), word.substr(colon + 1)};
+}
+
 bool matches(std::string_view name, std::string_view wanted) {
   if (wanted.empty()) return true;
   const auto word_ends = [name](std::size_t at) { return at == name.size() || name[at] == '.'; };
@@ -64,6 +70,19 @@ std::string refusal(const Kernel& kernel, const Problem& problem, const DeviceIn
   const FeatureSet unknown = features_of(problem) & ~kernel.features;
   if (unknown) return "does not know " + describe_features(unknown);
   return kernel.refuse ? kernel.refuse(problem, device) : std::string();
+}
+
+std::string setting_refusal(const Kernel& kernel, const Problem& problem, const DeviceInfo& device,
+                            std::string_view setting) {
+  if (setting.empty()) return {};
+  std::string others;
+  if (kernel.settings)
+    for (const std::string& word : kernel.settings(problem, device)) {
+      if (word == setting) return {};
+      others += (others.empty() ? "" : ", ") + word;
+    }
+  return "has no setting \"" + std::string(setting) + "\" for this problem" +
+         (others.empty() ? "; it has none" : "; it has " + others);
 }
 
 }  // namespace flashcore::detail

@@ -63,7 +63,9 @@ struct AttentionOptions {
   double dropout_p = 0;              ///< probability in [0, 1) of dropping a weight; the rest is scaled by 1/(1−p)
   std::uint64_t seed = 0;            ///< of dropout: the same seed drops the same (batch, head, query, key) everywhere
   bool deterministic = false;        ///< backward: bitwise the same from run to run, in linear workspace
-  std::string_view kernel = {};      ///< a kernel by name or by whole words of one ("sm90"); default: the best
+  /// A kernel by name or by whole words of one ("sm90"), and how it is to work ("cpu.decode:splits4", see tuning.h).
+  /// Default: the one that is tuned for the problem, else the best.
+  std::string_view kernel = {};
 };
 
 /// Packed sequences of different lengths ("varlen"), and lengths shorter than the tensors.

@@ -9,3 +9,4 @@
 #include "flashcore/stopwatch.h"
 #include "flashcore/tensor.h"
 #include "flashcore/threads.h"
+#include "flashcore/tuning.h"

@@ -144,6 +144,9 @@ void bind_array(nb::module_& m) {
                     "Memory that flashcore owns. Read it with any library's from_dlpack: "
                     "numpy.from_dlpack(array), torch.from_dlpack(array), …")
       .def_prop_ro("shape", &Array::shape, nb::for_getter(nb::sig("def shape(self) -> tuple[int, ...]")))
+      .def_prop_ro(
+          "address", [](const Array& self) { return reinterpret_cast<std::uintptr_t>(self.view().data); },
+          "Where it lies in its device's memory.")
       .def_prop_ro("dtype", [](const Array& self) { return name_of(self.view().dtype); })
       .def_prop_ro("device", [](const Array& self) { return name_of(self.view().device); })
       .def("__dlpack__", &Array::dlpack, nb::kw_only(), nb::arg("stream").none() = nb::none(),

@@ -11,6 +11,7 @@ void bind_primitives(nanobind::module_& m);
 void bind_memory(nanobind::module_& m);
 void bind_device(nanobind::module_& m);
 void bind_stopwatch(nanobind::module_& m);
+void bind_tuning(nanobind::module_& m);
 void bind_xla(nanobind::module_& m);
 
 }  // namespace flashcore::python

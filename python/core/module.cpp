@@ -22,5 +22,6 @@ NB_MODULE(_core, m) {
   bind_memory(m);
   bind_device(m);
   bind_stopwatch(m);
+  bind_tuning(m);
   bind_xla(m);
 }

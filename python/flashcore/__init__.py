@@ -13,6 +13,7 @@ from .device import (
 )
 from .planning import Plan, Support, explain, plan, supports
 from .primitives import reduce, vector_add
+from .tuning import autotune, load_tuned
 
 __version__ = version()
 for _public in (Array, CudaError, DeviceInfo, MemoryStats, Unsupported):
@@ -31,10 +32,12 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_varlen",
+    "autotune",
     "device_count",
     "device_info",
     "empty_cache",
     "explain",
+    "load_tuned",
     "memory_stats",
     "merge_states",
     "num_threads",

@@ -1,4 +1,4 @@
-"""The command line: python -m flashcore info | explain | demo | bench."""
+"""The command line: python -m flashcore info | explain | demo | bench | tune."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         return 2
     from rich.console import Console
 
-    from .cli import bench, demo, explain, info
+    from .cli import bench, demo, explain, info, tune
 
     parser = argparse.ArgumentParser(prog="python -m flashcore", description="Fused attention for CUDA and the CPU.")
     parser.add_argument("--version", action="version", version=f"flashcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (info, explain, demo, bench):
+    for module in (info, explain, demo, bench, tune):
         module.add_parser(commands).set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     try:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "../plan.h"
 #include "../problem.h"
@@ -24,6 +25,9 @@ struct Kernel {
   void (*plan)(const Problem&, const DeviceInfo&, Plan&);
   /// Queues the work on `stream` and returns. Throws CudaError.
   void (*launch)(const Plan&, const Params&, void* workspace, Stream stream);
+  /// The words that may stand behind the name ("cpu.decode:splits4") for a problem that the row takes: how else than by
+  /// its own choice it can work. `plan` finds the one that was asked for in Plan::setting. Null: there are none.
+  std::vector<std::string> (*settings)(const Problem&, const DeviceInfo&) = nullptr;
 };
 
 constexpr unsigned bit(Phase phase) { return 1u << static_cast<unsigned>(phase); }

@@ -30,7 +30,8 @@ Data = dict[str, Any]
 def check_writable(path: Path) -> None:
     """Raises ValueError before anything is measured for a file that could not be written after."""
     folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+    is_other = path.exists() and not path.is_file()  # a folder, a device
+    if is_other or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(f"{path}: cannot be written")
 
 

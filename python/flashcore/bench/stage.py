@@ -32,10 +32,12 @@ class Stage:
 
     `clock` "events" times by CUDA events on `stream`, where a contender's work is recorded as a CUDA graph if it can
     be; "wall" by the host's clock around calls made one by one, for libraries that choose their streams themselves. The
-    CPU has the host's clock. `torch` is torch where it can use the device, else None.
+    CPU has the host's clock. `torch` is torch where it is wanted and can use the device, else None.
     """
 
-    def __init__(self, device: Device = None, clock: str = "events", caches: str = "rotate") -> None:
+    def __init__(
+        self, device: Device = None, clock: str = "events", caches: str = "rotate", with_torch: bool = True
+    ) -> None:
         self.cuda, self.index = parse_device(device)
         self.info = device_info(f"cuda:{self.index}" if self.cuda else "cpu")
         self.clock_name = clock if self.cuda else "wall"
@@ -43,7 +45,7 @@ class Stage:
         self._stopwatch = _stopwatch(self.cuda, self.index)
         self.stream: Optional[int] = self._stopwatch.stream if self.cuda else None
         self.maker = Maker(self.cuda, self.index, self.stream or 0)
-        self.torch = self._usable_torch()
+        self.torch = self._usable_torch() if with_torch else None
         self._flushed: Any = None
 
     @property

@@ -58,6 +58,7 @@ constexpr Kernel kFlashRows[] = {
         cpu::refuse_flash_decode,
         cpu::plan_flash_decode,
         cpu::launch_flash_decode,
+        cpu::flash_decode_settings,
     },
     {
         "cpu.flash",
@@ -68,6 +69,7 @@ constexpr Kernel kFlashRows[] = {
         nullptr,
         cpu::plan_flash_forward,
         cpu::launch_flash_forward,
+        cpu::isa_settings,
     },
     {
         "cpu.flash",
@@ -78,6 +80,7 @@ constexpr Kernel kFlashRows[] = {
         nullptr,
         cpu::plan_flash_backward,
         cpu::launch_flash_backward,
+        cpu::isa_settings,
     },
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "../kernel.h"
 
@@ -9,9 +10,11 @@ namespace flashcore::cpu {
 
 struct Isa;
 
-/// Chooses the instruction set. Throws InvalidArgument where FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be
-/// followed.
-void plan_settings(detail::Plan& plan);
+/// Chooses the instruction set: the one that the plan's setting names, else the best. Throws InvalidArgument where
+/// FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be followed.
+void plan_isa(detail::Plan& plan);
+/// The settings of rows that do so: the names of the instruction sets.
+std::vector<std::string> isa_settings(const detail::Problem& problem, const DeviceInfo& device);
 /// What was chosen.
 const Isa& isa_of(const detail::Plan& plan);
 
@@ -20,6 +23,8 @@ void launch_flash_forward(const detail::Plan& plan, const detail::Params& params
 
 /// Empty, or why a call is not for the decode row.
 std::string refuse_flash_decode(const detail::Problem& problem, const DeviceInfo& device);
+/// "splits<n>": keys in so many spans.
+std::vector<std::string> flash_decode_settings(const detail::Problem& problem, const DeviceInfo& device);
 void plan_flash_decode(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan);
 void launch_flash_decode(const detail::Plan& plan, const detail::Params& params, void* workspace, Stream stream);
 

@@ -113,15 +113,25 @@ void clear_unowned_rows(const Params& p) {
   clear(owned, p.size.total_q);
 }
 
-void plan_settings(Plan& plan) {
-  plan.variant = &chosen_isa();
+void plan_isa(Plan& plan) {
+  const Isa* isa = &chosen_isa();
+  if (!plan.setting.empty())
+    for (const Isa* other : usable_isas())
+      if (plan.setting == other->name) isa = other;
+  plan.variant = isa;
   num_threads();  // throws for settings that cannot be followed
+}
+
+std::vector<std::string> isa_settings(const Problem&, const DeviceInfo&) {
+  std::vector<std::string> names;
+  for (const Isa* isa : usable_isas()) names.emplace_back(isa->name);
+  return names;
 }
 
 const Isa& isa_of(const Plan& plan) { return *static_cast<const Isa*>(plan.variant); }
 
 void plan_flash_forward(const Problem&, const DeviceInfo&, Plan& plan) {
-  plan_settings(plan);
+  plan_isa(plan);
   MaskExtents::plan(plan, kMaskExtents);
 }
 

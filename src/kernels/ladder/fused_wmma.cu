@@ -30,6 +30,7 @@ constexpr int kBlockN = 64;       // keys of a step
 constexpr int kWarpsOfStrip = 2;  // they share the strip's scores and output by columns, its softmax by rows
 constexpr int kTall = 64;         // query rows of a block
 constexpr int kLow = 32;
+constexpr const char* kRows = "rows";  // the word of such a height as a setting
 constexpr int kNewBanks = 16;  // bytes that a row in shared memory is longer than it needs: its neighbour's columns lie
                                // in other banks
 
@@ -296,6 +297,13 @@ std::size_t tall_shared_bytes(std::int64_t head_dim) {
 
 }  // namespace
 
+std::vector<std::string> fused_wmma_settings(const detail::Problem& problem, const DeviceInfo& device) {
+  std::vector<std::string> words{kRows + std::to_string(kLow)};
+  if (device.shared_bytes_per_block >= tall_shared_bytes(problem.size.head_dim))
+    words.push_back(kRows + std::to_string(kTall));
+  return words;
+}
+
 /// Tall tiles read the keys less often; low ones fit where shared memory is small, and there are twice as many of them
 /// to go round.
 void plan_fused_wmma(const detail::Problem& problem, const DeviceInfo& device, detail::Plan& plan) {
@@ -304,6 +312,7 @@ void plan_fused_wmma(const detail::Problem& problem, const DeviceInfo& device, d
   const bool fits = device.shared_bytes_per_block >= tall_shared_bytes(size.head_dim);
   const bool enough = heads * m_blocks_of(size.seqlen_q, kTall) >= device.multiprocessors;
   plan.block_m = fits && enough ? kTall : kLow;
+  if (!plan.setting.empty()) plan.block_m = plan.setting == kRows + std::to_string(kTall) ? kTall : kLow;
   if (problem.causal == detail::CausalRule::none) return;
   const std::int64_t strips = std::int64_t{m_blocks_of(size.seqlen_q, plan.block_m)} * (plan.block_m / kSide);
   plan.slices[0] = plan.workspace.add(static_cast<std::size_t>(heads * strips));

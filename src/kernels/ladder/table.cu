@@ -35,7 +35,7 @@ std::string refuse(const detail::Problem& problem, const DeviceInfo& device) {
 }
 
 constexpr detail::Kernel row(const char* name, decltype(detail::Kernel::plan) plan,
-                             decltype(detail::Kernel::launch) launch) {
+                             decltype(detail::Kernel::launch) launch, decltype(detail::Kernel::settings) settings) {
   return {name,
           DeviceType::cuda,
           detail::bit(detail::Phase::forward),
@@ -43,12 +43,13 @@ constexpr detail::Kernel row(const char* name, decltype(detail::Kernel::plan) pl
           detail::bit(DType::float16) | detail::bit(DType::bfloat16),
           refuse,
           plan,
-          launch};
+          launch,
+          settings};
 }
 
 constexpr detail::Kernel kRows[] = {
-    row("cuda.ladder.unfused_wmma", plan_unfused_wmma, launch_unfused_wmma),
-    row("cuda.ladder.fused_wmma", plan_fused_wmma, launch_fused_wmma),
+    row("cuda.ladder.unfused_wmma", plan_unfused_wmma, launch_unfused_wmma, nullptr),
+    row("cuda.ladder.fused_wmma", plan_fused_wmma, launch_fused_wmma, fused_wmma_settings),
 };
 
 }  // namespace

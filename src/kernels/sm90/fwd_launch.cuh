@@ -15,14 +15,14 @@
 
 namespace flashcore::sm90 {
 
-/// Heads whose keys and values are walked together: as many as half of the L2 cache holds where tiles differ in length
-/// (so that long ones can go first), else the heads of one group.
-inline int section_heads(const detail::Params& p) {
-  constexpr std::int64_t kSectionBytes = 32 << 20;
+/// Heads whose keys and values are walked together: as many as `section_mib` (half of the L2 cache) hold where tiles
+/// differ in length (so that long ones can go first), else the heads of one group.
+inline int section_heads(const detail::Params& p, int section_mib) {
+  const std::int64_t section_bytes = std::int64_t{section_mib} << 20;
   const std::int64_t group = p.size.heads_q / p.size.heads_k;
   if (!tiles_differ(p.position)) return static_cast<int>(group);
   const std::int64_t bytes = 2 * p.size.seqlen_k * (p.size.head_dim + p.size.head_dim_v);
-  const std::int64_t heads = std::max<std::int64_t>(1, kSectionBytes / std::max<std::int64_t>(1, bytes)) * group;
+  const std::int64_t heads = std::max<std::int64_t>(1, section_bytes / std::max<std::int64_t>(1, bytes)) * group;
   return static_cast<int>(std::min(heads, p.size.batch * p.size.heads_q));
 }
 
@@ -58,7 +58,7 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
       make_tensor_map(p.out, p.dtype, {size.head_dim_v, rows_q, size.heads_q, batch}, kOutRows);
 
   FwdArgs args{};
-  args.order = {m_blocks, heads, section_heads(p), tiles};
+  args.order = {m_blocks, heads, section_heads(p, Traits::kTile.section_mib), tiles};
   args.packed = packed;
   args.sequences = packed || sequence.seqused_k;
   const bool differ = tiles_differ(p.position) || args.sequences;
@@ -76,9 +76,8 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   args.k_head_step = k.head_step;
   args.v_batch_step = packed ? 0 : v.batch_step;
   args.v_head_step = v.head_step;
-  const float kGrowth = 8;  // weights stay below 2^8 of the lazy maximum: room enough in float16
   args.scale_log2 = (Traits::kGeneral ? 1.0f : static_cast<float>(p.score.scale)) * tile::kLog2e;
-  args.threshold = kGrowth / args.scale_log2;
+  args.threshold = static_cast<float>(Traits::kTile.growth) / args.scale_log2;
   args.params = p;
   if (!Traits::kEven) {
     args.spoilt = detail::slice<std::uint8_t>(workspace, plan.slices[kSpoiltFlags]);

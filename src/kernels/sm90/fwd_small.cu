@@ -60,9 +60,9 @@ void launch(const detail::Params& p, Stream stream) {
 }
 
 template <class Element>
-void launch_bucket(const detail::Params& p, Stream stream) {
+void launch_bucket(const detail::Params& p, int parts, Stream stream) {
   const int head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
-  const int keys = small_keys(head_dim, p.size.seqlen_k);
+  const int keys = small_keys_of_parts(head_dim, p.size.seqlen_k, parts);
   if (head_dim <= 64) {
     if (keys == 32) return launch<SmallTraits<Element, 64, 32>>(p, stream);
     if (keys == 64) return launch<SmallTraits<Element, 64, 64>>(p, stream);
@@ -77,8 +77,8 @@ void launch_bucket(const detail::Params& p, Stream stream) {
 void launch_fwd_small(const detail::Plan& plan, const detail::Params& p, void*, Stream stream) {
   if (p.size.batch == 0 || p.size.heads_q == 0 || p.size.seqlen_q == 0) return;
   const cuda::DeviceGuard guard(plan.device.index);
-  if (p.dtype == DType::float16) return launch_bucket<detail::Float16>(p, stream);
-  launch_bucket<detail::BFloat16>(p, stream);
+  if (p.dtype == DType::float16) return launch_bucket<detail::Float16>(p, plan.splits, stream);
+  launch_bucket<detail::BFloat16>(p, plan.splits, stream);
 }
 
 }  // namespace flashcore::sm90

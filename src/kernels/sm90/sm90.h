@@ -15,7 +15,7 @@ void launch_fwd_d128(const detail::Plan&, const detail::Params&, void* workspace
 void launch_fwd_d192(const detail::Plan&, const detail::Params&, void* workspace, Stream);
 void launch_fwd_d256(const detail::Plan&, const detail::Params&, void* workspace, Stream);
 
-/// The kernel for small problems.
+/// The kernel for small problems. Plan::splits: the parts of the keys.
 void launch_fwd_small(const detail::Plan&, const detail::Params&, void* workspace, Stream);
 
 /// The rows of this folder, best first.

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <iterator>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "../common/repair.h"
 #include "flashcore/device.h"
@@ -35,6 +37,25 @@ std::string refuse_small(const Problem& problem, const DeviceInfo& device) {
   const std::int64_t tiles = (s.seqlen_q + kSmallQueries - 1) / kSmallQueries * s.batch * s.heads_q;
   if (tiles > device.multiprocessors) return "is for at most one tile of 64 queries for each multiprocessor";
   return {};
+}
+
+constexpr const char* kSplits = "splits";
+
+/// "splits<n>": keys in so many parts.
+std::vector<std::string> small_settings(const Problem& problem, const DeviceInfo&) {
+  const int head_dim = static_cast<int>(std::max(problem.size.head_dim, problem.size.head_dim_v));
+  std::vector<std::string> words;
+  for (int parts = 1; parts <= kSmallParts; ++parts)
+    if (small_keys_of_parts(head_dim, problem.size.seqlen_k, parts) > 0)
+      words.push_back(kSplits + std::to_string(parts));
+  return words;
+}
+
+void plan_small(const Problem& problem, const DeviceInfo&, Plan& plan) {
+  const detail::Sizes& s = problem.size;
+  const std::int64_t keys = small_keys(static_cast<int>(std::max(s.head_dim, s.head_dim_v)), s.seqlen_k);
+  plan.splits = static_cast<int>((s.seqlen_k + keys - 1) / keys);
+  if (!plan.setting.empty()) plan.splits = std::stoi(plan.setting.substr(std::string_view(kSplits).size()));
 }
 
 /// `bucket`: the head_dim the kernel is compiled for.
@@ -87,7 +108,8 @@ constexpr Kernel forward_row(const char* name, void (*launch)(const Plan&, const
 
 constexpr Kernel kRows[] = {
     {"cuda.sm90.fwd_small", DeviceType::cuda, detail::bit(detail::Phase::forward), kSmallFeatures,
-     detail::bit(DType::float16) | detail::bit(DType::bfloat16), refuse_small, nullptr, launch_fwd_small},
+     detail::bit(DType::float16) | detail::bit(DType::bfloat16), refuse_small, plan_small, launch_fwd_small,
+     small_settings},
     forward_row<64>("cuda.sm90.fwd_d64", launch_fwd_d64),
     forward_row<96>("cuda.sm90.fwd_d96", launch_fwd_d96),
     forward_row<128>("cuda.sm90.fwd_d128", launch_fwd_d128),

@@ -20,11 +20,16 @@ struct FwdTile {
   bool rescale_early;  // scale the output while the next scores are computed, not after the value product
   int producer_registers;
   int consumer_registers;
+  int growth = 8;        // weights stay below 2^growth of the lazy maximum: room enough in float16; 0: exact maximum
+  int section_mib = 32;  // of keys and values that causal tiles walk together, see section_heads
 
   constexpr int consumers() const { return block_m / 64; }
   constexpr int threads() const { return 128 * (consumers() + 1); }
 };
 
+#ifdef FLASHCORE_FWD_TILE  // the tuner compiles one instance at a time, with a tile of its own
+constexpr FwdTile fwd_tile(int, bool) { return {FLASHCORE_FWD_TILE}; }
+#else
 /// `head_dim`: the bucket, 64, 96, 128, 192 or 256. `general`: with softcap, ALiBi, bias or a boolean mask.
 constexpr FwdTile fwd_tile(int head_dim, bool general) {
   // The general kernel needs more registers than three consumers leave (it spilled 220 bytes at 192×128).
@@ -38,6 +43,7 @@ constexpr FwdTile fwd_tile(int head_dim, bool general) {
   // D256: 80 keys are what shared memory holds beside 128 queries.
   return {128, 80, 2, 1, false, true, 40, 232};
 }
+#endif
 
 /// The kernel for small problems: a block for so many queries of a head, their keys in up to so many parts, each for a
 /// warpgroup. Parts are as few as will do, since merging costs more than a longer part does (128 keys: 3.65 us in 2
@@ -49,6 +55,14 @@ inline constexpr int kSmallParts = 4;
 constexpr int small_keys(int head_dim, long long seqlen_k) {
   if (seqlen_k <= 32) return 32;
   return seqlen_k <= 128 || head_dim > 64 ? 64 : 128;
+}
+
+/// The same where the keys are to be in so many parts; 0 where no kernel is compiled for that.
+constexpr int small_keys_of_parts(int head_dim, long long seqlen_k, int parts) {
+  const int most = head_dim > 64 ? 64 : 128;
+  for (int keys = 32; keys <= most; keys *= 2)
+    if ((seqlen_k + keys - 1) / keys == parts) return keys;
+  return 0;
 }
 
 }  // namespace flashcore::sm90

@@ -91,4 +91,13 @@ const Isa& chosen_isa() {
                         names_of_choices());
 }
 
+std::vector<const Isa*> usable_isas() {
+  const char* wanted = std::getenv("FLASHCORE_CPU_ISA");
+  if (wanted && *wanted) return {&chosen_isa()};
+  std::vector<const Isa*> isas;
+  for (const Choice& choice : kChoices)
+    if (choice.runs_here) isas.push_back(choice.isa);
+  return isas;
+}
+
 }  // namespace flashcore::cpu

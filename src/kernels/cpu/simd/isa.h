@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "../../params.h"
 #include "../../semantics.h"
@@ -109,5 +110,8 @@ struct Isa {
 /// The best one that this processor runs, or the one that FLASHCORE_CPU_ISA names. Throws InvalidArgument where that
 /// is unknown or where the processor lacks it.
 const Isa& chosen_isa();
+
+/// Those that this processor runs, best first; where FLASHCORE_CPU_ISA is set, that one. Throws like chosen_isa.
+std::vector<const Isa*> usable_isas();
 
 }  // namespace flashcore::cpu
