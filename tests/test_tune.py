@@ -370,6 +370,14 @@ def test_wrong_tiles_are_not_timed(value, what):
         bench.judge(Double(set_last(value)), 0.02, Verdict())
 
 
+def test_a_tile_that_writes_into_the_inputs_is_noticed():
+    """Then the incumbent is wrong, too, and the process of no more use."""
+    bench = worker.Bench(parse("fwd fp16 b1 q64 k64 h2 d64"), Stage("cpu"), Double())
+    assert bench.is_intact(Double())
+    set_last(0x5800)(bench._sets[0]["v"])
+    assert not bench.is_intact(Double())
+
+
 def test_what_a_tile_does_not_write_is_seen():
     """Results of the call before it lie in the same memory."""
     bench = worker.Bench(parse("fwd fp16 b1 q64 k64 h2 d64"), Stage("cpu"), Double())

@@ -22,7 +22,8 @@ class Judge(Protocol):
     def judge(self, tile: Optional[Tile], library: Path, seconds: float) -> Verdict:
         """Checks, then times for so many seconds a line. `tile` None is a copy of the incumbent."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends what runs. The next question starts anew."""
 
 
 class GpuJudge:
