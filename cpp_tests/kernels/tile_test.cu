@@ -1,4 +1,5 @@
-// The building blocks of tile/: masking, online softmax, the order of tiles, reductions, and rows done one at a time.
+// The building blocks of tile/: masking, online softmax, the order of tiles, reductions, 16-byte vectors, and rows done
+// one at a time.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -7,11 +8,13 @@
 #include "../support/attention_case.h"
 #include "../support/random.h"
 #include "gpu_test.cuh"
+#include "kernels/ptx/global.cuh"
 #include "kernels/tile/exact_rows.cuh"
 #include "kernels/tile/mask.cuh"
 #include "kernels/tile/reduce.cuh"
 #include "kernels/tile/scheduler.cuh"
 #include "kernels/tile/softmax.cuh"
+#include "kernels/tile/vector.cuh"
 #include "validate.h"
 
 namespace flashcore::testing {
@@ -26,6 +29,7 @@ class CudaReduceTest : public HopperTest {};
 class CudaMaskTest : public HopperTest {};
 class CudaSchedulerTest : public HopperTest {};
 class CudaSoftmaxTest : public HopperTest {};
+class CudaVectorTest : public HopperTest {};
 
 /// The rows and columns of a warpgroup's accumulators (ptx/wgmma.cuh).
 __host__ __device__ constexpr int fragment_row(int thread, int e) {
@@ -194,6 +198,31 @@ TEST_F(CudaSchedulerTest, InASectionTheLongestTilesComeFirst) {
       const int section_before = list[2 * n - 1] / order.section_heads;
       EXPECT_GE(section, section_before) << "tile " << n;  // the keys of one section are done with before the next
       if (section == section_before) EXPECT_LE(list[2 * n], list[2 * n - 2]) << "tile " << n;
+    }
+  }
+}
+
+/// As the forward's scheduling warp does: a block's first tile is its own number, the others are drawn.
+__global__ void draw_tiles(tile::TileCounter counter, int tiles, int* times_drawn) {
+  if (blockIdx.x == 0) {
+    __nanosleep(20000);  // the others come before the counter is open
+    counter.open(gridDim.x);
+  }
+  for (int index = blockIdx.x; index < tiles; index = counter.draw()) atomicAdd(&times_drawn[index], 1);
+  counter.leave(gridDim.x);
+}
+
+/// Whatever lies in the counter's memory, and again with the same tag: so a captured launch is replayed.
+TEST_F(CudaSchedulerTest, EveryTileIsDrawnOnce) {
+  constexpr int kBlocks = 24;
+  for (const int tiles : {5, 24, 25, 500}) {
+    const Results<unsigned long long> word(1);
+    const tile::TileCounter counter{word.data(), 7};
+    for (int launch = 1; launch <= 3; ++launch) {
+      const DeviceArray times = to_device(std::vector<int>(static_cast<std::size_t>(tiles)), kGpu);
+      run_kernel(draw_tiles, kBlocks, 1, 0, counter, tiles, static_cast<int*>(times.data()));
+      EXPECT_EQ(to_host<int>(times), std::vector<int>(static_cast<std::size_t>(tiles), 1)) << "launch " << launch;
+      EXPECT_EQ(word.host()[0], 0u) << "the tag stays behind";
     }
   }
 }
@@ -383,6 +412,44 @@ TEST_F(CudaSoftmaxTest, WeightsArePackedInPairsInPlace) {
     EXPECT_EQ(words[n] << 16, detail::bits_of(x[2 * n])) << "pair " << n;
     EXPECT_EQ(words[n] & 0xffff0000u, detail::bits_of(x[2 * n + 1])) << "pair " << n;
   }
+}
+
+// ---- vectors --------------------------------------------------------------------------------------------------------
+
+__global__ void transpose_quads(std::uint32_t* out) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  std::uint32_t x[4];
+  for (int i = 0; i < 4; ++i) x[i] = threadIdx.x / 4 * 16 + 4 * i + t;  // row i, column t
+  tile::quad_transpose(x, t);
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = x[i];
+}
+
+TEST_F(CudaVectorTest, AQuadGathersRows) {
+  const Results<std::uint32_t> gathered(128);
+  run_kernel(transpose_quads, 1, 32, 0, gathered.data());
+  std::vector<std::uint32_t> expected(128);  // thread t of a quad has row t
+  for (std::uint32_t n = 0; n < 128; ++n) expected[n] = n;
+  EXPECT_EQ(gathered.host(), expected);
+}
+
+__global__ void store_some(std::uint32_t* words, std::uint16_t* halves) {
+  const auto lane = threadIdx.x;
+  const std::uint32_t x[4] = {4 * lane, 4 * lane + 1, 4 * lane + 2, 4 * lane + 3};
+  ptx::store_if(lane % 3 == 0, words + 4 * lane, x);
+  ptx::store_if(lane % 2 == 0, halves + lane, static_cast<std::uint16_t>(lane));
+}
+
+TEST_F(CudaVectorTest, OnlyLanesThatWantToStore) {
+  const Results<std::uint32_t> words(128);
+  const Results<std::uint16_t> halves(32);
+  run_kernel(store_some, 1, 32, 0, words.data(), halves.data());
+  std::vector<std::uint32_t> expected_words(128, 0xffffffffu);
+  std::vector<std::uint16_t> expected_halves(32, 0xffffu);
+  for (std::uint32_t n = 0; n < 128; ++n)
+    if (n / 4 % 3 == 0) expected_words[n] = n;
+  for (std::uint16_t n = 0; n < 32; n += 2) expected_halves[n] = n;
+  EXPECT_EQ(words.host(), expected_words);
+  EXPECT_EQ(halves.host(), expected_halves);
 }
 
 // ---- rows one at a time ---------------------------------------------------------------------------------------------

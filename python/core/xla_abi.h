@@ -1,6 +1,6 @@
 // The C interface through which XLA calls functions from outside ("typed FFI"), as far as it is used here.
 //
-// The layout is that of XLA's public xla/ffi/api/c_api.h, API versions 0.2 and 0.3, in this project's own words: so no
+// The layout is that of XLA's public xla/ffi/api/c_api.h, API versions 0.2 to 0.4, in this project's own words: so no
 // JAX is needed to build, and one binary serves every JAX that speaks API 0. XLA only ever appends to these structs.
 #pragma once
 
@@ -118,11 +118,13 @@ struct CreateError {
   Code code;
 };
 
-struct GetMessage {
+/// Up to API 0.3 without the code: XLA then takes no notice of what follows the message.
+struct GetDetails {
   std::size_t struct_size;
   Extension* extensions;
   Error* error;
   const char* message;  // out; lives as long as the error
+  Code code;            // out
 };
 
 struct DestroyError {
@@ -171,7 +173,7 @@ struct Api {
   Version version;
   const void* internal;
   Error* (*create_error)(CreateError*);
-  void (*get_message)(GetMessage*);
+  void (*get_details)(GetDetails*);
   void (*destroy_error)(DestroyError*);
   Unused register_handler;
   Error* (*get_stream)(GetStream*);

@@ -21,8 +21,8 @@ Request request(const Frame& frame) {
 
 /// What an error of XLA's says; the error is gone then.
 std::string take_words(const Frame& frame, Error* error) {
-  GetMessage get{sizeof(GetMessage), nullptr, error, nullptr};
-  frame.api->get_message(&get);
+  GetDetails get{sizeof(GetDetails), nullptr, error, nullptr, Code::internal};
+  frame.api->get_details(&get);
   std::string words = get.message ? get.message : "";
   DestroyError destroy{sizeof(DestroyError), nullptr, error};
   frame.api->destroy_error(&destroy);

@@ -23,6 +23,7 @@
 
 #include "../params.h"
 #include "../ptx/barrier.cuh"
+#include "../ptx/global.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/warp.cuh"
 #include "../ptx/wgmma.cuh"
@@ -30,6 +31,7 @@
 #include "../tile/mask.cuh"
 #include "../tile/scheduler.cuh"
 #include "../tile/softmax.cuh"
+#include "../tile/vector.cuh"
 #include "tiles.h"
 
 namespace flashcore::sm90 {
@@ -39,7 +41,7 @@ inline constexpr int kPanelRowBytes = 128;
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kRowsPerConsumer = 64;
 inline constexpr int kWorkBytes = 32;
-inline constexpr int kTileSlots = 2;  // tiles handed from the producer to the consumers
+inline constexpr int kTileSlots = 4;  // tiles handed from the scheduling warp to the others
 
 /// Element: detail::Float16 or BFloat16. kHeadDim: the bucket that head_dim and head_dim_v fit in.
 template <class Element_, int kHeadDim_, FwdKind kKind>
@@ -86,8 +88,9 @@ struct SharedPlan {
 
 /// What the kernel needs beside the tensor maps.
 struct FwdArgs {
-  tile::TileOrder order;  // where sequences differ, of the longest
-  unsigned* next_tile;    // a zeroed counter from which blocks draw tiles; null in even kernels, or if one round does
+  tile::TileOrder order;      // where sequences differ, of the longest
+  tile::TileCounter counter;  // from which blocks draw tiles; none in even kernels, or if one round does
+  int last_tiles;             // where the last rounds begin: from there on no block holds tiles in store
   tile::KeyWindow window;
   std::uint8_t* spoilt;  // a flag per 16 rows, see common/repair.h; null in even kernels
   int flags_per_head;
@@ -228,19 +231,23 @@ struct Ring {
   static __device__ __forceinline__ std::uint32_t empty_parity(int use) { return full_parity(use) ^ 1; }
 };
 
-/// One warp: finds the block's tiles and hands them on. A tile is drawn when the one before is begun, no earlier: what
-/// a block holds in store, no other can take.
+/// One warp: finds the block's tiles and hands them on, as far ahead as there are slots, since a draw takes a
+/// microsecond. In the last rounds a tile is drawn when the one before is begun, no earlier: what a block holds in
+/// store, no other can take.
 template <class Traits>
 __device__ __forceinline__ void schedule(const FwdArgs& args, std::uint32_t s_base) {
   using Plan = SharedPlan<Traits>;
   using TileRing = Ring<kTileSlots>;
   const bool leads = threadIdx.x % 32 == 0;
   SequenceWalk<Traits::kBlockM> walk;
+  if (leads && args.counter.word && blockIdx.x == 0) args.counter.open(gridDim.x);
   for (int index = blockIdx.x, n = 0;; ++n) {
     const int slot = TileRing::stage(n);
     if (leads) {
       ptx::barrier_wait(s_base + Plan::kEmptyTile + 8 * slot, TileRing::empty_parity(n));
-      if (n > 0) index = (args.next_tile ? static_cast<int>(atomicAdd(args.next_tile, 1u)) : index) + gridDim.x;
+      if (n > 1 && args.counter.word && index >= args.last_tiles)
+        ptx::barrier_wait(s_base + Plan::kEmptyTile + 8 * TileRing::stage(n - 2), TileRing::full_parity(n - 2));
+      if (n > 0) index = args.counter.word ? args.counter.draw() : index + gridDim.x;
     }
     index = __shfl_sync(tile::kAllLanes, index, 0);
     const FwdWork work = args.sequences ? walk.find(args, index) : FwdWork{even_place(args, index), even_lengths(args)};
@@ -254,6 +261,7 @@ __device__ __forceinline__ void schedule(const FwdArgs& args, std::uint32_t s_ba
     }
     if (work.place.m_block < 0) break;
   }
+  if (leads && args.counter.word) args.counter.leave(gridDim.x);
 }
 
 /// Reading what the scheduling warp wrote: each time anew, since registers are dearer.
@@ -510,17 +518,26 @@ struct Consumer {
     softmax.exponentiate(s, args.scale_log2);
   }
 
-  /// Rows to shared memory and from there to global memory, each warp its own 16 rows. `row`: the thread's, in its
-  /// sequence.
-  __device__ __forceinline__ void store(const CUtensorMap* map_out, const float (&o)[kHeadDim / 2], int q_buffer,
-                                        int row) const {
-    const std::uint32_t s_out = s_base +
-                                (Traits::kTile.separate_out ? Plan::kOut : Plan::kQ + q_buffer * Traits::kQBytes) +
-                                (consumer * kRowsPerConsumer + warp() * 16) * kPanelRowBytes;
-    if (Traits::kTile.separate_out) {  // the last tile's store has read the buffer
-      ptx::bulk_wait_read<0>();
-      __syncwarp();
+  /// Rows to global memory, each warp its own 16. `row`: the thread's, in its sequence.
+  __device__ __forceinline__ void store(const CUtensorMap* map_out, const float (&o)[kHeadDim / 2], int row) const {
+    // The rows behind a packed sequence belong to the next, so that its last ones cannot be stored as a box. The vote
+    // tells the compiler that all lanes agree: else it would keep the products' addresses in registers of each lane
+    // from here on (100 instructions a block).
+    const bool ends =
+        !Traits::kEven && args.packed && __any_sync(tile::kAllLanes, row - (lane() >> 2) + 16 > lengths().seqlen_q);
+    if (Traits::kTile.separate_out && !ends) {
+      store_staged(map_out, o, row);
+    } else {
+      store_directly(o, row);
     }
+  }
+
+  /// Through shared memory and the copy engine.
+  __device__ __forceinline__ void store_staged(const CUtensorMap* map_out, const float (&o)[kHeadDim / 2],
+                                               int row) const {
+    const std::uint32_t s_out = s_base + Plan::kOut + (consumer * kRowsPerConsumer + warp() * 16) * kPanelRowBytes;
+    ptx::bulk_wait_read<0>();  // the last tile's store has read the buffer
+    __syncwarp();
     const int r = lane() & 15;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -532,48 +549,53 @@ struct Consumer {
     }
     ptx::fence_proxy_async();
     __syncwarp();
+    if (lane() != 0) return;
+    const FwdPlace place = this->place();
+    const int batch = !Traits::kEven && args.packed ? 0 : place.batch;
     const int first = row - (lane() >> 2);  // the warp's
-    // The rows behind a packed sequence belong to the next. The vote tells the compiler that all lanes agree:
-    // else it would keep the products' addresses in registers of each lane from here on (100 instructions a block).
-    if (!Traits::kEven && args.packed && __any_sync(tile::kAllLanes, first + 16 > lengths().seqlen_q)) {
-      store_last_rows(s_out, first);
-      __syncwarp();
-      if (!Traits::kTile.separate_out && lane() == 0) ptx::barrier_arrive(s_base + Plan::kEmptyQ + 8 * q_buffer);
-    } else if (lane() == 0) {
-      const FwdPlace place = this->place();
-      const int batch = !Traits::kEven && args.packed ? 0 : place.batch;
 #pragma unroll
-      for (int panel = 0; panel < Traits::kPanels; ++panel)
-        ptx::tma_store(map_out, s_out + panel * kBlockM * kPanelRowBytes, panel * kPanelColumns, place.q_begin + first,
-                       place.head, batch);
-      ptx::bulk_commit();
-      if (!Traits::kTile.separate_out) {
-        ptx::bulk_wait_read<0>();
-        ptx::barrier_arrive(s_base + Plan::kEmptyQ + 8 * q_buffer);
-      }
-    }
+    for (int panel = 0; panel < Traits::kPanels; ++panel)
+      ptx::tma_store(map_out, s_out + panel * kBlockM * kPanelRowBytes, panel * kPanelColumns, place.q_begin + first,
+                     place.head, batch);
+    ptx::bulk_commit();
   }
 
-  /// The rows of a packed sequence's end, `first` and those behind it: the warp's 16 staged rows as far as they exist.
-  __device__ __forceinline__ void store_last_rows(std::uint32_t s_out, int first) const {
-    constexpr int kChunks = kHeadDim / 8;
+  /// From registers: the four threads of a quad exchange pairs of columns, so that each stores 16 bytes. Slower than
+  /// the copy engine, but no shared memory is taken from the next tile's queries.
+  __device__ __forceinline__ void store_directly(const float (&o)[kHeadDim / 2], int row) const {
     const detail::TensorParams& out = args.params.out;
     const int columns = args.params.size.head_dim_v;
     const FwdPlace place = this->place();
-    const int rows = lengths().seqlen_q - first;
-    Element* target = static_cast<Element*>(out.data) + place.head * out.head;
-#pragma unroll 1
-    for (int i = lane(); i < rows * kChunks; i += 32) {
-      const int r = i / kChunks;
-      const int chunk = i % kChunks;
-      const int4 x = ptx::load_shared_x4(s_out + chunk / 8 * (kBlockM * kPanelRowBytes) + r * kPanelRowBytes +
-                                         ((chunk % 8 ^ (r & 7)) << 4));
-      Element* to = target + (place.q_begin + first + r) * out.seq + 8 * chunk;
-      const int pairs[4] = {x.x, x.y, x.z, x.w};
+    const int seqlen_q = lengths().seqlen_q;
+    const int quad_lane = this->quad_lane();
+    Element* const target = static_cast<Element*>(out.data) + (args.packed ? 0 : place.batch * out.batch) +
+                            place.head * out.head + (place.q_begin + row) * out.seq;
 #pragma unroll
-      for (int c = 0; c < 8; ++c)
-        if (8 * chunk + c < columns)
-          to[c].bits = static_cast<std::uint16_t>(static_cast<unsigned>(pairs[c / 2]) >> 16 * (c % 2));
+    for (int i = 0; i < kHeadDim / 32; ++i) {
+      const int first = 32 * i + 8 * quad_lane;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        std::uint32_t x[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float* pair = &o[16 * i + 4 * c + 2 * r];
+          x[c] = ptx::pack<Element>(pair[0], pair[1]);
+        }
+        tile::quad_transpose(x, quad_lane);
+        Element* const to = target + 8 * r * out.seq + first;
+        const bool exists = row + 8 * r < seqlen_q;
+        ptx::store_if(exists && first + 8 <= columns, to, x);
+        if constexpr (kHeadDim <= 128) {
+#pragma unroll 1
+          for (int c = 0; c < columns % 8; ++c) {  // the last columns, where they are no multiple of 8
+            ptx::store_if(exists && first == columns / 8 * 8, to + c, static_cast<std::uint16_t>(x[0]));
+            x[0] = x[0] >> 16 | x[1] << 16;
+            x[1] = x[1] >> 16 | x[2] << 16;
+            x[2] = x[2] >> 16 | x[3] << 16;
+            x[3] >>= 16;
+          }
+        }
+      }
     }
   }
 
@@ -596,10 +618,15 @@ struct Consumer {
   /// repair is a kernel of its own because its mere presence in this one, called or inlined, cost 8 %.
   __device__ __forceinline__ void flag_spoilt(const float (&o)[kHeadDim / 2]) const {
     if constexpr (Traits::kEven) return;
-    bool finite = true;
+    // A sum is finite only if all its terms are. Should it overflow by itself, the rows are done again for nothing.
+    constexpr int kChains = 8;
+    float sums[kChains] = {};
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) finite = finite && fabsf(o[i]) < INFINITY;
-    const bool spoilt = !__all_sync(tile::kAllLanes, finite);
+    for (int i = 0; i < kHeadDim / 2; ++i) sums[i % kChains] += o[i];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kChains; ++i) sum += sums[i];
+    const bool spoilt = !__all_sync(tile::kAllLanes, fabsf(sum) < INFINITY);
     const FwdPlace place = this->place();
     const int first = place.m_block * kBlockM + consumer * kRowsPerConsumer + warp() * 16;
     if (lane() == 0 && first < lengths().seqlen_q)
@@ -662,6 +689,7 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
       }
     }
     if (!half) start(s);
+    // A single query buffer is wanted for the next tile as soon as its last product is done.
     softmax.moved = false;  // there is no output to rescale yet
     tile::pack_weights<Element>(s, p);
 
@@ -689,7 +717,7 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
       if (!Traits::kTile.rescale_early && softmax.moved) softmax.rescale(o);
     }
     if (Traits::kTile.rescale_early && softmax.moved) softmax.rescale(o);
-    if (Traits::kTile.separate_out) release(Plan::kEmptyQ, buffer);  // its last product has been waited for
+    release(Plan::kEmptyQ, buffer);  // its last product has been waited for
     const int values = KvRing::stage(kv_use);
     wait_full(Plan::kFullV, values, KvRing::full_parity(kv_use));
     issue_values(o, p, values);
@@ -698,7 +726,7 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
     release(Plan::kEmptyV, values);
     ++kv_use;
     if (!Traits::kEven) pass(blocks.begin - all.begin, blocks.begin - all.begin);
-  } else if (Traits::kTile.separate_out) {
+  } else {
     sync_warpgroup();
     release(Plan::kEmptyQ, buffer);
   }
@@ -707,7 +735,7 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
   const float inverse[2] = {softmax.finish(0), softmax.finish(1)};
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= inverse[i >> 1 & 1];
-  store(map_out, o, buffer, row);
+  store(map_out, o, row);
   store_lse(softmax, row);
 }
 
@@ -722,8 +750,7 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kQBuffers; ++i) {
       ptx::barrier_init(s_base + Plan::kFullQ + 8 * i, 1);
-      // Where the output takes the queries' place, each of a consumer's four warps releases them after its store.
-      ptx::barrier_init(s_base + Plan::kEmptyQ + 8 * i, Traits::kConsumers * (Traits::kTile.separate_out ? 1 : 4));
+      ptx::barrier_init(s_base + Plan::kEmptyQ + 8 * i, Traits::kConsumers);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
       ptx::barrier_init(s_base + Plan::kFullK + 8 * i, 1);

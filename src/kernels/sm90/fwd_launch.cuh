@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "../../cuda/check.h"
 #include "../../cuda/launch.cuh"
@@ -23,6 +24,13 @@ inline int section_heads(const detail::Params& p, int section_mib) {
   const std::int64_t bytes = 2 * p.size.seqlen_k * (p.size.head_dim + p.size.head_dim_v);
   const std::int64_t heads = std::max<std::int64_t>(1, section_bytes / std::max<std::int64_t>(1, bytes)) * group;
   return static_cast<int>(std::min(heads, p.size.batch * p.size.heads_q));
+}
+
+/// For each launch another, until they come round.
+inline unsigned new_tag() {
+  static std::atomic<unsigned> launches{0};
+  constexpr unsigned kTags = (1u << tile::TileCounter::kTagBits) - 1;
+  return launches.fetch_add(1, std::memory_order_relaxed) % kTags + 1;
 }
 
 template <class Traits>
@@ -54,10 +62,10 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   args.packed = packed;
   args.sequences = packed || sequence.seqused_k;
   const bool differ = tiles_differ(p.position) || args.sequences;
-  if (!Traits::kEven && differ && args.order.tiles > plan.blocks) {
-    args.next_tile = detail::slice<unsigned>(workspace, plan.slices[kTileCounter]);
-    cuda::check(cudaMemsetAsync(args.next_tile, 0, sizeof(unsigned), stream), "zeroing the tile counter");
-  }
+  constexpr int kLastRounds = 4;
+  args.last_tiles = tiles - std::max(kLastRounds * plan.blocks, args.order.section_heads * m_blocks);
+  if (!Traits::kEven && differ && tiles > plan.blocks && tiles <= tile::TileCounter::kMost)
+    args.counter = {detail::slice<unsigned long long>(workspace, plan.slices[kTileCounter]), new_tag()};
   args.window = key_window(p);
   args.seqlen_q = static_cast<int>(size.seqlen_q);
   args.heads_q = size.heads_q;

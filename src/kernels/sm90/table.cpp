@@ -65,6 +65,8 @@ std::string refuse_forward(const Problem& problem, const DeviceInfo& device) {
   if (device.compute_major != 9) return "needs compute capability 9.0";
   const std::int64_t head_dim = std::max(problem.size.head_dim, problem.size.head_dim_v);
   if (head_dim > bucket) return "holds head_dim up to " + std::to_string(bucket);
+  // Its threads store 16 bytes at a time.
+  if (bucket > 128 && problem.size.head_dim_v % 8 != 0) return "needs head_dim_v to be a multiple of 8";
   if (!(problem.scale > 0)) return "needs a positive scale";
   if (problem.size.seqlen_k == 0 || problem.size.total_k == 0) return "needs at least one key";
   const detail::Sizes& s = problem.size;
@@ -86,7 +88,7 @@ void plan_forward(const Problem& problem, const DeviceInfo& device, Plan& plan) 
   size.seqlen_q = s.seqlen_q;
   size.total_q = s.total_q;
   size.heads_q = static_cast<std::int32_t>(s.heads_q);
-  plan.slices[kTileCounter] = plan.workspace.add(sizeof(unsigned));
+  plan.slices[kTileCounter] = plan.workspace.add(sizeof(unsigned long long));
   const bool packed = (features & detail::kVarlen) != 0;
   const std::int64_t flags = detail::spoilt_flags(packed, size, detail::spoilt_flags_per_head(packed, size));
   plan.slices[kSpoiltFlags] = plan.workspace.add(static_cast<std::size_t>(flags));

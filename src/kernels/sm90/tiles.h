@@ -16,7 +16,7 @@ struct FwdTile {
   int block_n;         // keys per step
   int stages;          // K and V buffers each
   int q_buffers;       // 2: the next tile's queries load while this one computes
-  bool separate_out;   // the output has a staging buffer of its own; otherwise it takes its queries' place
+  bool separate_out;   // the output has a staging buffer of its own; otherwise threads store it from registers
   bool rescale_early;  // scale the output while the next scores are computed, not after the value product
   int producer_registers;
   int consumer_registers;

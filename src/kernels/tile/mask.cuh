@@ -26,13 +26,23 @@ __device__ __forceinline__ void mask_by_position(float (&s)[N], const KeyWindow&
   const int origin = first_key + 2 * quad_lane;  // the comparisons below are against constants
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int begin = window.begin(row + 8 * r) - origin;
     const int end = window.end(row + 8 * r) - origin;
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        if (8 * i + c >= end || 8 * i + c < begin) s[4 * i + 2 * r + c] = -INFINITY;
+        if (8 * i + c >= end) s[4 * i + 2 * r + c] = -INFINITY;
+    }
+  }
+  if (window.left < 0) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int begin = window.begin(row + 8 * r) - origin;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if (8 * i + c < begin) s[4 * i + 2 * r + c] = -INFINITY;
     }
   }
 }

@@ -1,8 +1,42 @@
 // Which output tile comes when. Tiles are (query block, head of some batch). Heads are cut into sections whose keys and
-// values fit in the L2 cache together; inside a section the longest tiles come first.
+// values fit in the L2 cache together; inside a section the longest tiles come first. Blocks may draw them from a
+// counter.
 #pragma once
 
 namespace flashcore::tile {
+
+/// A counter from which the blocks of one launch draw tiles, in memory that nobody has zeroed: a memset would be a node
+/// of its own in front of the kernel (1.2 us). The launch's tag marks the count as its own, so blocks that come before
+/// block 0 has opened it try again; the last block to leave clears the tag, since a captured launch is replayed with
+/// the same one.
+struct TileCounter {
+  unsigned long long* word;  // tag | blocks that have left | next tile; null: no counter
+  unsigned tag;              // below 2^kTagBits, never 0
+
+  static constexpr int kTileBits = 28;
+  static constexpr int kBlockBits = 12;
+  static constexpr int kTagBits = 24;
+  static constexpr int kMost = (1 << kTileBits) - (1 << kBlockBits);  // tiles: each block draws one more
+
+  __device__ __forceinline__ void open(int next) const {
+    atomicExch(word, static_cast<unsigned long long>(tag) << (kTileBits + kBlockBits) | static_cast<unsigned>(next));
+  }
+  __device__ __forceinline__ int draw() const { return static_cast<int>(add(1) & ((1u << kTileBits) - 1)); }
+  /// Once by each block, after its last draw.
+  __device__ __forceinline__ void leave(int blocks) const {
+    const unsigned long long left = add(1ull << kTileBits) >> kTileBits & ((1u << kBlockBits) - 1);
+    if (static_cast<int>(left) == blocks - 1) atomicExch(word, 0ull);
+  }
+
+ private:
+  __device__ __forceinline__ unsigned long long add(unsigned long long what) const {
+    for (;;) {
+      const unsigned long long old = atomicAdd(word, what);
+      if (old >> (kTileBits + kBlockBits) == tag) return old;
+      __nanosleep(100);
+    }
+  }
+};
 
 struct TileOrder {
   int m_blocks;       // query blocks per head
