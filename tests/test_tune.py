@@ -138,6 +138,7 @@ def test_lines_have_an_instance(line, instance):
         (["fwd fp32 b1 q8 k8 h1 d64"], "forward calls in fp16 and bf16"),
         (["fwd bf16 b1 q8 k8 h1 d64 dropout0.1"], 'not searched with "dropout"; allowed: causal,'),
         (["fwd bf16 b1 q0 k8 h1 d64"], "nothing to compute"),
+        (["fwd bf16 b1 q8 k8 h1 d192/129"], "must be a multiple of 8"),
         ([LINE, LINE + " causal"], "different instances of the kernel"),
     ],
 )
