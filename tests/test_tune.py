@@ -17,7 +17,7 @@ from flashcore.bench.calls import ours
 from flashcore.bench.cases import parse
 from flashcore.bench.stage import Stage
 from flashcore.tune import compile, judge, search, worker
-from flashcore.tune.instance import Instance, common_instance, instance_of
+from flashcore.tune.instance import Instance, Library, TuneCall, common_instance, instance_of
 from flashcore.tune.proposal import proposal
 from flashcore.tune.space import Space, Tile, launch_registers, most_consumer_registers
 from flashcore.tune.state import State, tile_of
@@ -439,6 +439,11 @@ def test_tiles_are_compiled_once_and_refused_where_they_spill(tmp_path):
     build = compiler.build(HAND_SET)
     assert build.library.is_file()
     assert build.registers == launch_registers(3)
+    library, call = Library(build.library), TuneCall(batch=3, heads_q=5, heads_k=5, seqlen_q=1000, seqlen_k=1000)
+    assert library.workspace_bytes(call) == 256 + 1024  # a counter, and 3 · 5 · 63 flags
+    if fc.device_count() == 0:
+        with pytest.raises(RuntimeError, match="CUDA failed at"):
+            library.run(call)
     crowded = replace(HAND_SET, block_n=176)
     assert SPACE.objection(crowded).startswith("registers: output")
     refused = compiler.build(crowded)
