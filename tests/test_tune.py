@@ -316,6 +316,12 @@ def test_a_kernel_that_breaks_its_process_does_not_end_the_search(library, reaso
     assert after.us["pid"] != first.us["pid"]
 
 
+def test_a_process_is_replaced_before_it_holds_too_many_libraries(referee, monkeypatch):
+    monkeypatch.setattr(judge, "MOST_LIBRARIES", 2)
+    processes = [referee.judge(HAND_SET, Path("fine"), 0.0).us["pid"] for _ in range(4)]
+    assert processes[0] == processes[1] != processes[2] == processes[3]
+
+
 def test_a_judge_that_cannot_begin_says_why():
     referee = judge.GpuJudge([LINE], "cuda:0", Path("broken"), tune_doubles.serve)
     with pytest.raises(RuntimeError, match="the hand-set tile cannot be timed: no such device"):
