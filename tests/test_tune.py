@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import tune_doubles
 from flashcore import _core
+from flashcore.__main__ import main
 from flashcore.bench.calls import ours
 from flashcore.bench.cases import parse
 from flashcore.bench.stage import Stage
+from flashcore.cli import tune as cli_tune
 from flashcore.tune import compile, judge, search, worker
 from flashcore.tune.instance import Instance, Library, TuneCall, common_instance, instance_of
 from flashcore.tune.proposal import proposal
@@ -487,6 +489,75 @@ def run(*words, code):
 def test_bad_words_are_one_clear_line(words, told, monkeypatch):
     monkeypatch.delenv("FLASHCORE_TUNED", raising=False)
     assert told in run(*words, code=2)
+
+
+@pytest.fixture
+def search_here(tmp_path, monkeypatch, capsys):
+    """The command with doubles in the place of the GPU and the compiler."""
+    library = tmp_path / "library.so"
+    library.write_text("")
+
+    class Compiler(Builder):
+        def __init__(self, *_):
+            super().__init__(library=library)
+            self.digest = "sources"
+
+        def incumbent(self):
+            return HAND_SET
+
+    def run_with(referee, *words):
+        monkeypatch.setattr(cli_tune.compile, "Compiler", Compiler)
+        monkeypatch.setattr(cli_tune, "GpuJudge", lambda *_: referee)
+        monkeypatch.setattr(cli_tune, "_hopper", lambda device: ("cuda:0", "imaginary"))
+        status = main(["tune", LINE, "--source", str(ROOT), "--jobs", "1", *words])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run_with
+
+
+@in_checkout
+def test_the_command_ends_with_a_table_and_a_patch(search_here, tmp_path):
+    path = tmp_path / "search.json"
+    status, told, _ = search_here(Judge(likes(BEST)), "--generations", "12", "--save", str(path))
+    assert status == 0
+    assert "192 tiles: 192 timed, 0 refused" in told
+    winner = tile_of(json.loads(path.read_text())["candidates"][json.loads(path.read_text())["final"]["winner"]])
+    assert f"+  if (head_dim <= 64) return {winner};" in told
+    assert f"-  if (head_dim <= 64) return {HAND_SET};" in told
+
+
+@in_checkout
+def test_the_command_says_plainly_that_nothing_was_better(search_here):
+    status, told, _ = search_here(
+        Judge(lambda tile: "wrong: error 1" if tile.stages == 2 else 0.9), "--generations", "2"
+    )
+    assert status == 0
+    assert f"nothing beat the hand-set tile {HAND_SET} by more than the noise of 0.3%: tiles.h stays as it is" in told
+    assert "wrong)" in told
+    assert "+++" not in told
+
+
+@in_checkout
+def test_ctrl_c_leaves_a_file_that_is_gone_on_with(search_here, tmp_path):
+    path = tmp_path / "search.json"
+    words = ("--generations", "2", "--save", str(path))
+    status, _, told = search_here(Judge(likes(BEST), interrupt_after=5), *words)
+    assert status == 130
+    assert f"interrupted: 5 tiles are in {path}: the same words go on" in told
+    status, told, _ = search_here(Judge(likes(BEST)), *words)
+    assert status == 0
+    assert f"going on with 5 tiles of {path}" in told
+    assert "32 tiles: 32 timed" in told
+
+
+@in_checkout
+def test_a_hand_set_tile_that_cannot_be_timed_is_one_clear_line(search_here):
+    referee = Judge(likes(BEST))
+    referee.judge = lambda *_: Verdict("hangs: no answer in 30 s")
+    status, _, told = search_here(referee)
+    assert status == 2
+    assert told.strip() == "error: the hand-set tile cannot be timed: hangs: no answer in 30 s"
 
 
 @in_checkout
