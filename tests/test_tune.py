@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import tune_doubles
 from flashcore import _core
+from flashcore.__main__ import main
 from flashcore.bench.calls import ours
 from flashcore.bench.cases import parse
 from flashcore.bench.stage import Stage
+from flashcore.cli import tune as cli_tune
 from flashcore.tune import compile, judge, search, worker
-from flashcore.tune.instance import Instance, common_instance, instance_of
+from flashcore.tune.instance import Instance, Library, TuneCall, common_instance, instance_of
 from flashcore.tune.proposal import proposal
 from flashcore.tune.space import Space, Tile, launch_registers, most_consumer_registers
 from flashcore.tune.state import State, tile_of
@@ -138,6 +140,7 @@ def test_lines_have_an_instance(line, instance):
         (["fwd fp32 b1 q8 k8 h1 d64"], "forward calls in fp16 and bf16"),
         (["fwd bf16 b1 q8 k8 h1 d64 dropout0.1"], 'not searched with "dropout"; allowed: causal,'),
         (["fwd bf16 b1 q0 k8 h1 d64"], "nothing to compute"),
+        (["fwd bf16 b1 q8 k8 h1 d192/129"], "must be a multiple of 8"),
         ([LINE, LINE + " causal"], "different instances of the kernel"),
     ],
 )
@@ -315,6 +318,12 @@ def test_a_kernel_that_breaks_its_process_does_not_end_the_search(library, reaso
     assert after.us["pid"] != first.us["pid"]
 
 
+def test_a_process_is_replaced_before_it_holds_too_many_libraries(referee, monkeypatch):
+    monkeypatch.setattr(judge, "MOST_LIBRARIES", 2)
+    processes = [referee.judge(HAND_SET, Path("fine"), 0.0).us["pid"] for _ in range(4)]
+    assert processes[0] == processes[1] != processes[2] == processes[3]
+
+
 def test_a_judge_that_cannot_begin_says_why():
     referee = judge.GpuJudge([LINE], "cuda:0", Path("broken"), tune_doubles.serve)
     with pytest.raises(RuntimeError, match="the hand-set tile cannot be timed: no such device"):
@@ -368,6 +377,14 @@ def test_wrong_tiles_are_not_timed(value, what):
     bench = worker.Bench(parse("fwd fp16 b1 q64 k64 h2 d64"), Stage("cpu"), Double())
     with pytest.raises(worker.Wrong, match=f"^wrong: .*{what}"):
         bench.judge(Double(set_last(value)), 0.02, Verdict())
+
+
+def test_a_tile_that_writes_into_the_inputs_is_noticed():
+    """Then the incumbent is wrong, too, and the process of no more use."""
+    bench = worker.Bench(parse("fwd fp16 b1 q64 k64 h2 d64"), Stage("cpu"), Double())
+    assert bench.is_intact(Double())
+    set_last(0x5800)(bench._sets[0]["v"])
+    assert not bench.is_intact(Double())
 
 
 def test_what_a_tile_does_not_write_is_seen():
@@ -430,6 +447,11 @@ def test_tiles_are_compiled_once_and_refused_where_they_spill(tmp_path):
     build = compiler.build(HAND_SET)
     assert build.library.is_file()
     assert build.registers == launch_registers(3)
+    library, call = Library(build.library), TuneCall(batch=3, heads_q=5, heads_k=5, seqlen_q=1000, seqlen_k=1000)
+    assert library.workspace_bytes(call) == 256 + 1024  # a counter, and 3 · 5 · 63 flags
+    if fc.device_count() == 0:
+        with pytest.raises(RuntimeError, match="CUDA failed at"):
+            library.run(call)
     crowded = replace(HAND_SET, block_n=176)
     assert SPACE.objection(crowded).startswith("registers: output")
     refused = compiler.build(crowded)
@@ -467,6 +489,75 @@ def run(*words, code):
 def test_bad_words_are_one_clear_line(words, told, monkeypatch):
     monkeypatch.delenv("FLASHCORE_TUNED", raising=False)
     assert told in run(*words, code=2)
+
+
+@pytest.fixture
+def search_here(tmp_path, monkeypatch, capsys):
+    """The command with doubles in the place of the GPU and the compiler."""
+    library = tmp_path / "library.so"
+    library.write_text("")
+
+    class Compiler(Builder):
+        def __init__(self, *_):
+            super().__init__(library=library)
+            self.digest = "sources"
+
+        def incumbent(self):
+            return HAND_SET
+
+    def run_with(referee, *words):
+        monkeypatch.setattr(cli_tune.compile, "Compiler", Compiler)
+        monkeypatch.setattr(cli_tune, "GpuJudge", lambda *_: referee)
+        monkeypatch.setattr(cli_tune, "_hopper", lambda device: ("cuda:0", "imaginary"))
+        status = main(["tune", LINE, "--source", str(ROOT), "--jobs", "1", *words])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run_with
+
+
+@in_checkout
+def test_the_command_ends_with_a_table_and_a_patch(search_here, tmp_path):
+    path = tmp_path / "search.json"
+    status, told, _ = search_here(Judge(likes(BEST)), "--generations", "12", "--save", str(path))
+    assert status == 0
+    assert "192 tiles: 192 timed, 0 refused" in told
+    winner = tile_of(json.loads(path.read_text())["candidates"][json.loads(path.read_text())["final"]["winner"]])
+    assert f"+  if (head_dim <= 64) return {winner};" in told
+    assert f"-  if (head_dim <= 64) return {HAND_SET};" in told
+
+
+@in_checkout
+def test_the_command_says_plainly_that_nothing_was_better(search_here):
+    status, told, _ = search_here(
+        Judge(lambda tile: "wrong: error 1" if tile.stages == 2 else 0.9), "--generations", "2"
+    )
+    assert status == 0
+    assert f"nothing beat the hand-set tile {HAND_SET} by more than the noise of 0.3%: tiles.h stays as it is" in told
+    assert "wrong)" in told
+    assert "+++" not in told
+
+
+@in_checkout
+def test_ctrl_c_leaves_a_file_that_is_gone_on_with(search_here, tmp_path):
+    path = tmp_path / "search.json"
+    words = ("--generations", "2", "--save", str(path))
+    status, _, told = search_here(Judge(likes(BEST), interrupt_after=5), *words)
+    assert status == 130
+    assert f"interrupted: 5 tiles are in {path}: the same words go on" in told
+    status, told, _ = search_here(Judge(likes(BEST)), *words)
+    assert status == 0
+    assert f"going on with 5 tiles of {path}" in told
+    assert "32 tiles: 32 timed" in told
+
+
+@in_checkout
+def test_a_hand_set_tile_that_cannot_be_timed_is_one_clear_line(search_here):
+    referee = Judge(likes(BEST))
+    referee.judge = lambda *_: Verdict("hangs: no answer in 30 s")
+    status, _, told = search_here(referee)
+    assert status == 2
+    assert told.strip() == "error: the hand-set tile cannot be timed: hangs: no answer in 30 s"
 
 
 @in_checkout

@@ -23,11 +23,12 @@ class Builder:
 
     refuses: object = lambda tile: ""
     built: list = field(default_factory=list)
+    library: Path = Path("library.so")
 
     def build(self, tile):
         self.built.append(tile)
         reason = self.refuses(tile)
-        return Build(None if reason else Path("library.so"), reason, 168)
+        return Build(None if reason else self.library, reason, 168)
 
     def stop(self):
         pass

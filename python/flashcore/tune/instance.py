@@ -41,6 +41,8 @@ def instance_of(case: Case) -> Instance:
     if not case.flops:
         raise ValueError(f'"{case.line}": there is nothing to compute')
     bucket = next(bucket for bucket in BUCKETS if max(case.head_dim, case.head_dim_v) <= bucket)
+    if bucket > 128 and case.head_dim_v % 8:
+        raise ValueError(f'"{case.line}": above 128, head_dim_v must be a multiple of 8')
     kind = "general" if "softcap" in case.words else "positional" if set(case.words) & POSITIONAL else "full"
     return Instance(ELEMENTS[case.dtype], bucket, kind)
 

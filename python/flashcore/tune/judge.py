@@ -14,6 +14,8 @@ from .verdict import Verdict
 
 #: a process has so long to make its inputs, and then for each library, beside the seconds of timing
 START_SECONDS, ANSWER_SECONDS = 240.0, 30.0
+#: each library brings a CUDA runtime of its own, of which a process holds only so many
+MOST_LIBRARIES = 150
 
 
 class Judge(Protocol):
@@ -22,7 +24,8 @@ class Judge(Protocol):
     def judge(self, tile: Optional[Tile], library: Path, seconds: float) -> Verdict:
         """Checks, then times for so many seconds a line. `tile` None is a copy of the incumbent."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends what runs. The next question starts anew."""
 
 
 class GpuJudge:
@@ -36,6 +39,7 @@ class GpuJudge:
         self._context = multiprocessing.get_context("spawn")
         self._process: Any = None
         self._pipe: Any = None
+        self._libraries = 0  # that the process has loaded
 
     def judge(self, tile: Optional[Tile], library: Path, seconds: float) -> Verdict:
         """Raises RuntimeError where not even the incumbent can be run."""
@@ -51,7 +55,8 @@ class GpuJudge:
         except (EOFError, OSError):
             code = self._end()
             return Verdict(f"ends the process ({code})")
-        if broken:
+        self._libraries += 1
+        if broken or self._libraries >= MOST_LIBRARIES:
             self._end()
         return Verdict(**verdict)
 
@@ -60,6 +65,7 @@ class GpuJudge:
             self._end()
 
     def _begin(self) -> None:
+        self._libraries = 0
         self._pipe, theirs = self._context.Pipe()
         self._process = self._context.Process(target=self._serve, args=(theirs, *self._start), daemon=True)
         self._process.start()

@@ -88,12 +88,13 @@ def _compare(
             for call in calls[1:]:
                 call()
             stage.wait()
+            contender = stage.contender(word, calls, torchs=False)
         except (RuntimeError, MemoryError, ValueError) as error:
             why = str(error).splitlines()[0]
         if why:
             finding.refused[word] = why
         else:
-            contenders.append(stage.contender(word, calls, torchs=False))
+            contenders.append(contender)
     if not contenders:
         raise RuntimeError(f'"{case.line}": no kernel gave a right result: {finding.refused}')
     _time(finding, contenders, stage, seconds)

@@ -140,6 +140,7 @@ def compare_finalists(builder: Builder, judge: Judge, state: State, seconds: flo
     incumbent seems to gain over the incumbent. Keeps and returns {"noise", "finalists": [{"id", "gain", "verdict"}],
     "winner": id or null}."""
     best = [candidate for candidate in state.elites if candidate["id"] and candidate["gain"] > 1]
+    judge.close()  # what was tried meanwhile leaves no trace
     same = judge.judge(None, copy_of_incumbent, FINAL_TIMES * seconds)
     if same.reason:
         raise RuntimeError(f"the hand-set tile cannot be timed: {same.reason}")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MOST_SHARED_BYTES = 232448  # of a block, compute capability 9.0
+BARRIER_BYTES = 512  # and the descriptions of tiles; a little more than there are
 REGISTERS = 65536  # of a multiprocessor
 WARPGROUP = 128
 LEAST_REGISTERS, MOST_REGISTERS = 24, 240  # that setmaxnreg can name
@@ -88,11 +89,10 @@ class Space:
         return axes
 
     def shared_bytes(self, tile: Tile) -> int:
-        """Of a block; as SharedPlan in fwd.cuh lays it out."""
+        """Of a block; as SharedPlan in fwd.cuh lays it out, with room for the barriers."""
         panels = -(-self.bucket // 64)
         q, k = (panels * rows * PANEL_ROW_BYTES for rows in (tile.block_m, tile.block_n))
-        barriers = 8 * (2 * tile.q_buffers + 4 * tile.stages + 4)
-        return tile.q_buffers * q + 2 * tile.stages * k + tile.separate_out * q + -(-barriers // 16) * 16 + 64
+        return tile.q_buffers * q + 2 * tile.stages * k + tile.separate_out * q + BARRIER_BYTES
 
     def objection(self, tile: Tile) -> str:
         """Why a tile cannot work, without compiling it; empty if nothing speaks against it."""

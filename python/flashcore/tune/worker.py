@@ -49,8 +49,8 @@ def serve(pipe: Any, lines: list[str], device: str, incumbent: str) -> None:
             library = Library(Path(path))
             for bench in benches:
                 bench.judge(library, seconds, verdict)
-        except Wrong as error:
-            verdict = Verdict(str(error))
+        except Wrong as error:  # it may have written elsewhere, too
+            verdict, broken = Verdict(str(error)), not all(bench.is_intact(known) for bench in benches)
         except Exception as error:  # what CUDA has refused once, it refuses from then on
             verdict, broken = Verdict(_one_line(error)), True
         pipe.send((asdict(verdict), broken))
@@ -96,6 +96,14 @@ class Bench:
         verdict.gains[line] = ratio(self._incumbent.samples, candidate.samples)
         verdict.us[line] = quartiles(candidate.samples)["median"] * 1e6
         verdict.incumbent_us[line] = quartiles(self._incumbent.samples)["median"] * 1e6
+
+    def is_intact(self, incumbent: Library) -> bool:
+        """Whether the incumbent is still right."""
+        try:
+            self._check(incumbent.call(self._case, self._sets[0], self._stage))
+        except Wrong:
+            return False
+        return True
 
     def _contender(self, name: str, library: Library) -> Contender:
         """Checked, loaded and recorded."""
