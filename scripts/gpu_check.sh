@@ -90,10 +90,23 @@ raced='*RowTest*cuda_*q130_k200*:*RowTest*cuda_sm90*q64_k257*:*RowTest*cuda_sm90
 memcheck=(compute-sanitizer --tool memcheck --error-exitcode 99)
 racecheck=(compute-sanitizer --tool racecheck --error-exitcode 99)
 synccheck=(compute-sanitizer --tool synccheck --error-exitcode 99)
-if step build bash -c build_library; then
+# Builds and plain tests of C++ and of Python side by side: each leaves most of the machine idle.
+check_cpp() {
+  step build bash -c build_library || return
   step gtest bash -c run_tests
   step ctest ctest --test-dir "$work/cmake" --tests-regex '^(install|cpu)\.' --no-tests=error --output-on-failure \
     --output-junit "$work/ctest.xml"
+}
+check_python() {
+  step install bash -c install_package || return
+  "$python" -c 'import xdist' 2> /dev/null && workers=(--numprocesses "$(($(nproc) < 12 ? $(nproc) : 12))")
+  step pytest "$python" -m pytest -q "${workers[@]}" --junitxml="$work/pytest.xml"
+}
+check_cpp &
+check_python &
+wait
+# One after the other, since a sanitizer takes all the GPU can give.
+if [[ -x $tests ]]; then
   step gtest-memcheck "${memcheck[@]}" "$tests" --gtest_filter="$small" --gtest_output="xml:$work/gtest-memcheck.xml"
   # Races in shared memory and misuse of barriers, on a few small shapes: every access is watched, which takes its time.
   STEP_LIMIT=40 step gtest-racecheck "${racecheck[@]}" "$tests" --gtest_filter="$raced" \
@@ -101,9 +114,7 @@ if step build bash -c build_library; then
   STEP_LIMIT=20 step gtest-synccheck "${synccheck[@]}" "$tests" --gtest_filter="$raced:CudaBarrierTest.*" \
     --gtest_output="xml:$work/gtest-synccheck.xml"
 fi
-if step install bash -c install_package; then
-  "$python" -c 'import xdist' 2> /dev/null && workers=(--numprocesses "$(($(nproc) < 8 ? $(nproc) : 8))")
-  step pytest "$python" -m pytest -q "${workers[@]}" --junitxml="$work/pytest.xml"
+if [[ -d $site/flashcore ]]; then
   step pytest-memcheck "${memcheck[@]}" --target-processes all "$python" -m pytest -q -m sanitizer \
     --junitxml="$work/pytest-memcheck.xml"
 fi
