@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention import _bound, _unpack
+from ..attention import attention as attend
 from ..interop import LazyNegation, qualified
 from ..options import Causal, Layout, Window, convert
 from . import batching, ops  # noqa: F401  (batching registers its rules)
@@ -66,6 +67,14 @@ def attention(
     The gradients themselves have no gradient: differentiating twice raises RuntimeError. Forward-mode differentiation
     raises NotImplementedError.
     """
+    plain = mask is None and bias is None and alibi_slopes is None and sinks is None and seqused_k is None
+    plain = plain and window is None and not softcap and not dropout_p and not return_lse and out is None and lse is None
+    plain = plain and q_descale is None and k_descale is None and v_descale is None and kernel is None
+    if plain and k is not None and v is not None and _needs_nothing(q, k, v):
+        try:
+            return attend(q, k, v, causal=causal, scale=scale, layout=layout)
+        except LazyNegation:
+            pass
     if k is None:
         q, k, v = _unpacked(q, v, layout)
     tensors = (q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale, None, None, seqused_k)
@@ -283,6 +292,13 @@ def _recorded(tensors: Any, options: Any, layout: str, bounds: tuple[int, int], 
     call = (options, layout, bounds, return_lse)
     results = EagerAttention.apply(call, constants, q, k, v, bias, sinks)
     return results if return_lse else results[0]  # type: ignore[no-any-return]
+
+
+def _needs_nothing(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the library's own call does: nobody looks on, no gradient is recorded, nothing is cast."""
+    if not _is_eager((q, k, v)) or _autocast_dtype(q) is not None:
+        return False
+    return not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _is_eager(tensors: tuple[Optional[Tensor], ...]) -> bool:
