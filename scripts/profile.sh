@@ -51,7 +51,7 @@ sections=(SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis MemoryWork
   WarpStateStats InstructionStats LaunchStats Occupancy SourceCounters)
 wanted=()
 for section in "${sections[@]}"; do wanted+=(--section "$section"); done
-log=$("$ncu" --force-overwrite --export "$name" "${wanted[@]}" "${names[@]}" \
+log=$("$ncu" --clock-control none --force-overwrite --export "$name" "${wanted[@]}" "${names[@]}" \
   "$bench" --device cuda --once "$line" 2>&1) || true
 case $log in
   *ERR_NVGPUCTRPERM*)
