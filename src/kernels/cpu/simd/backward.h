@@ -83,10 +83,12 @@ class Backward {
         s_(task.sequence),
         width_(whole_vectors(p.size.head_dim)),
         width_v_(whole_vectors(p.size.head_dim_v)),
-        queries_(whole_vectors(s_.seqlen_q)),
+        blocks_((whole_vectors(s_.seqlen_q) / kLanes + kTileVectors - 1) / kTileVectors),
+        chunk_blocks_(min_of(blocks_, task.chunk_queries / kBlockQueries)),
+        queries_(min_of(whole_vectors(s_.seqlen_q), chunk_blocks_ * kBlockQueries)),
         scale_(static_cast<float>(p.score.scale)),
         columns_{workspace.take<float>(queries_ * p.size.head_dim), workspace.take<float>(queries_ * p.size.head_dim_v),
-                 workspace.take<float>(queries_), workspace.take<float>(queries_)},
+                 workspace.take<float>(whole_vectors(s_.seqlen_q)), workspace.take<float>(whole_vectors(s_.seqlen_q))},
         dq_columns_(workspace.take<float>(queries_ * p.size.head_dim)),
         q_rows_(workspace.take<float>(queries_ * width_)),
         dout_rows_(workspace.take<float>(queries_ * width_v_)),
@@ -95,7 +97,7 @@ class Backward {
         dq_of_chunk_(workspace.take<float>(queries_ * p.size.head_dim)),
         grads_(p, s_, task.mask_extents, scratch),
         keys_(p, p.k, s_, task.head_k, p.size.head_dim, scratch.take<float>(KeyBlocks::floats(p.size.head_dim)),
-              queries_ / kBlockQueries),
+              chunk_blocks_),
         values_(p, p.v, s_, task.head_k, p.size.head_dim_v, scratch.take<float>(KeyBlocks::floats(p.size.head_dim_v))) {
   }
 
@@ -109,9 +111,9 @@ class Backward {
   }
 
   QueryColumns columns_of(const ScoreTile& t) const {
-    const std::int64_t first = t.first_query;
-    return {columns_.q + first * p_.size.head_dim, columns_.dout + first * p_.size.head_dim_v, columns_.lse + first,
-            columns_.delta + first};
+    const std::int64_t first = t.first_query - first_;
+    return {columns_.q + first * p_.size.head_dim, columns_.dout + first * p_.size.head_dim_v,
+            columns_.lse + t.first_query, columns_.delta + t.first_query};
   }
 
   template <class T>
@@ -121,19 +123,30 @@ class Backward {
 
   template <class T>
   void add_head() {
-    const std::int64_t blocks = (queries_ / kLanes + kTileVectors - 1) / kTileVectors;
-    for (std::int64_t n = 0; n < blocks; ++n)
-      pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
-    widen_queries(p_.q, p_.size.head_dim, q_rows_, T{});
-    widen_queries(p_.grad.dout, p_.size.head_dim_v, dout_rows_, T{});
+    for (std::int64_t begin = 0; begin < blocks_; begin += chunk_blocks_)
+      add_queries<T>(begin, min_of(begin + chunk_blocks_, blocks_));
     if (task_.dsinks && task_.key_begin == 0)
       task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, columns_.lse, columns_.delta);
-    sum_chunks(task_, queries_ * p_.size.head_dim, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
-      for (std::int64_t n = 0; n < blocks; ++n) add_block(tile_of(n), span, dq);
-    });
-    for (std::int64_t n = 0; n < blocks; ++n)
-      store_query_columns<T>(p_, task_, head_, tile_of(n), dq_columns_ + tile_of(n).first_query * p_.size.head_dim,
-                             scale_);
+  }
+
+  /// What the query blocks [begin, end) and the task's keys give to each other.
+  template <class T>
+  void add_queries(std::int64_t begin, std::int64_t end) {
+    const ScoreTile last = tile_of(end - 1);
+    first_ = tile_of(begin).first_query;
+    const std::int64_t queries = last.first_query + last.queries - first_;
+    for (std::int64_t n = begin; n < end; ++n)
+      pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
+    widen_queries<T>(p_.q, p_.size.head_dim, queries, q_rows_);
+    widen_queries<T>(p_.grad.dout, p_.size.head_dim_v, queries, dout_rows_);
+    sum_chunks(task_, grads_.rules().keys_of(first_, static_cast<int>(queries)), queries_ * p_.size.head_dim,
+               dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
+                 for (std::int64_t n = begin; n < end; ++n) add_block(tile_of(n), span, dq);
+               });
+    for (std::int64_t n = begin; n < end; ++n) {
+      const ScoreTile t = tile_of(n);
+      store_query_columns<T>(p_, task_, head_, t, dq_columns_ + (t.first_query - first_) * p_.size.head_dim, scale_);
+    }
   }
 
   /// Rows that are whole vectors of floats, dense, are used where they lie.
@@ -141,13 +154,13 @@ class Backward {
     return p_.dtype == DType::float32 && t.seq == dim && whole_vectors(dim) == dim;
   }
   template <class T>
-  void widen_queries(const detail::TensorParams& t, int dim, float* rows, T) {
+  void widen_queries(const detail::TensorParams& t, int dim, std::int64_t count, float* rows) {
     if (in_place(t, dim)) return;
-    for (std::int64_t i = 0; i < s_.seqlen_q; ++i) widen_row(row<T>(t, i), dim, rows + i * whole_vectors(dim));
+    for (std::int64_t i = 0; i < count; ++i) widen_row(row<T>(t, first_ + i), dim, rows + i * whole_vectors(dim));
   }
   KeyRows query_rows(const detail::TensorParams& t, int dim, const float* rows, std::int64_t first) const {
     const std::int64_t width = whole_vectors(dim);
-    return {in_place(t, dim) ? row<float>(t, first) : rows + first * width, width};
+    return {in_place(t, dim) ? row<float>(t, first) : rows + (first - first_) * width, width};
   }
 
   /// What a span of keys and a query block give to each other.
@@ -167,7 +180,7 @@ class Backward {
     if (p_.grad.dk.data) multiply_wide_rows(grads, query_rows(p_.q, dim, q_rows_, query), dk_ + key * width_, width_);
     if (!p_.grad.dq.data) return;
     const KeyRows k = keys_.rows(span.first, span.count).from(grads.first_key - span.first);
-    float* dq = dq_columns + query * dim;
+    float* dq = dq_columns + (query - first_) * dim;
     if (grads_.some_excluded() && !keys_.is_finite(span.first, span.count))
       add_values_with_weight(grads, k, dim, dq);
     else
@@ -179,9 +192,11 @@ class Backward {
   const detail::Sequence& s_;
   const std::int64_t width_;    // of rows of head_dim, in whole vectors
   const std::int64_t width_v_;  // of rows of head_dim_v
-  const std::int64_t queries_;  // rounded up to whole vectors
+  const std::int64_t blocks_;   // of queries
+  const std::int64_t chunk_blocks_;
+  const std::int64_t queries_;  // of a chunk, in whole vectors
   const float scale_;
-  const QueryColumns columns_;  // of all query blocks of a head
+  const QueryColumns columns_;  // q and dout of a chunk; lse and Δ of all queries of a head
   float* const dq_columns_;
   float* const q_rows_;  // (seqlen_q, width_)
   float* const dout_rows_;
@@ -192,7 +207,17 @@ class Backward {
   KeyBlocks keys_;
   KeyBlocks values_;
   std::int64_t head_ = 0;
+  std::int64_t first_ = 0;  // query of the chunk
 };
+
+/// Queries of both forms and dq, of `bytes` bytes for each number, that take about 3/4 MB: processors of these
+/// instruction sets have 1 or 2 MB of L2, or bring the next ones from L3 in time.
+inline std::int64_t queries_in_cache(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t bytes) {
+  constexpr std::int64_t kBytes = 768 * 1024;
+  constexpr std::int64_t kStep = 128;
+  const std::int64_t one = (head_dim + head_dim_v) * bytes / 2;
+  return max_of<std::int64_t>(1, (kBytes / one + kStep / 2) / kStep) * kStep;
+}
 
 #if defined(FLASHCORE_AMX)
 /// Whether what a task multiplies is finite: parts of an infinity are not numbers, and 0 times it is none.
@@ -225,6 +250,11 @@ void backward(const detail::Params& params, const BackwardTask& task, void* scra
 std::size_t backward_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
   return max_of(Backward::scratch_bytes(head_dim, head_dim_v), TileBackward<3>::scratch_bytes(head_dim, head_dim_v));
 }
+
+std::int64_t backward_queries(DType dtype, std::int64_t head_dim, std::int64_t head_dim_v) {
+  const int parts = dtype == DType::float32 ? 3 : dtype == DType::float16 ? 2 : 1;
+  return queries_in_cache(head_dim, head_dim_v, 8 * parts + 4);
+}
 #else
 void backward(const detail::Params& params, const BackwardTask& task, void* scratch) {
   Backward(params, task, Arena(scratch)).run();
@@ -232,6 +262,10 @@ void backward(const detail::Params& params, const BackwardTask& task, void* scra
 
 std::size_t backward_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
   return Backward::scratch_bytes(head_dim, head_dim_v);
+}
+
+std::int64_t backward_queries(DType, std::int64_t head_dim, std::int64_t head_dim_v) {
+  return queries_in_cache(head_dim, head_dim_v, 20);
 }
 #endif
 

@@ -130,10 +130,12 @@ struct KeySpan {
   int count;
 };
 
-/// Calls add(span, dq) for each block of a task's keys and sums what they add to dq, each chunk's by itself: dq of the
-/// first in `sum`, which then takes up that of each other, which was in `chunk`. Both have `count` floats.
+/// Calls add(span, dq) for each block of a task's keys with some that are seen and sums what they add to dq, each
+/// chunk's by itself: dq of the first in `sum`, which then takes up that of each other, which was in `chunk`. Both have
+/// `count` floats.
 template <class Add>
-void sum_chunks(const BackwardTask& task, std::int64_t count, float* sum, float* chunk, Add&& add) {
+void sum_chunks(const BackwardTask& task, const detail::KeyRange& seen, std::int64_t count, float* sum, float* chunk,
+                Add&& add) {
   const auto clear = [&](float* dq) { std::memset(dq, 0, static_cast<std::size_t>(count) * sizeof(float)); };
   clear(sum);
   for (std::int64_t begin = task.key_begin; begin < task.key_end; begin += task.chunk_keys) {
@@ -141,7 +143,8 @@ void sum_chunks(const BackwardTask& task, std::int64_t count, float* sum, float*
     float* dq = begin == task.key_begin ? sum : chunk;
     if (dq == chunk) clear(chunk);
     for (std::int64_t first = begin; first < end; first += kBlockKeys)
-      add(KeySpan{first, static_cast<int>(min_of<std::int64_t>(kBlockKeys, end - first))}, dq);
+      if (first < seen.end && first + kBlockKeys > seen.begin)
+        add(KeySpan{first, static_cast<int>(min_of<std::int64_t>(kBlockKeys, end - first))}, dq);
     if (dq == chunk) add_floats(chunk, count, sum);
   }
 }
