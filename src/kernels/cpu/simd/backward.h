@@ -64,15 +64,9 @@ class Backward {
       : Backward(p, task, scratch, Arena(task.workspace)) {}
 
   void run() {
-    const std::int64_t keys = task_.key_end - task_.key_begin;
-    std::memset(dk_, 0, static_cast<std::size_t>(keys * width_) * sizeof(float));
-    std::memset(dv_, 0, static_cast<std::size_t>(keys * width_v_) * sizeof(float));
-    const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
-    for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_)
-      with_storage(p_.dtype, [this](auto storage) { add_head<decltype(storage)>(); });
     with_storage(p_.dtype, [this](auto storage) {
-      store_key_rows<decltype(storage)>(p_, task_, p_.grad.dk, dk_, width_, p_.size.head_dim, scale_);
-      store_key_rows<decltype(storage)>(p_, task_, p_.grad.dv, dv_, width_v_, p_.size.head_dim_v, 1.f);
+      for_each_pass(p_, task_, blocks_, chunk_blocks_,
+                    [this](const Pass& pass) { add_queries<decltype(storage)>(pass); });
     });
   }
 
@@ -121,32 +115,40 @@ class Backward {
     return static_cast<const T*>(t.data) + detail::q_offset(t, s_, head_, i);
   }
 
+  /// What the queries of a pass and the task's keys give to each other.
   template <class T>
-  void add_head() {
-    for (std::int64_t begin = 0; begin < blocks_; begin += chunk_blocks_)
-      add_queries<T>(begin, min_of(begin + chunk_blocks_, blocks_));
-    if (task_.dsinks && task_.key_begin == 0)
-      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, columns_.lse, columns_.delta);
-  }
-
-  /// What the query blocks [begin, end) and the task's keys give to each other.
-  template <class T>
-  void add_queries(std::int64_t begin, std::int64_t end) {
-    const ScoreTile last = tile_of(end - 1);
-    first_ = tile_of(begin).first_query;
-    const std::int64_t queries = last.first_query + last.queries - first_;
-    for (std::int64_t n = begin; n < end; ++n)
+  void add_queries(const Pass& pass) {
+    head_ = pass.head;
+    first_ = tile_of(pass.begin).first_query;
+    for (std::int64_t n = pass.begin; n < pass.end; ++n)
       pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
+    const ScoreTile last = tile_of(pass.end - 1);
+    const std::int64_t queries = pass.end > pass.begin ? last.first_query + last.queries - first_ : 0;
     widen_queries<T>(p_.q, p_.size.head_dim, queries, q_rows_);
     widen_queries<T>(p_.grad.dout, p_.size.head_dim_v, queries, dout_rows_);
-    sum_chunks(task_, grads_.rules().keys_of(first_, static_cast<int>(queries)), queries_ * p_.size.head_dim,
-               dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
-                 for (std::int64_t n = begin; n < end; ++n) add_block(tile_of(n), span, dq);
-               });
-    for (std::int64_t n = begin; n < end; ++n) {
+    sum_chunks(task_, queries_ * p_.size.head_dim, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
+      if (pass.first) clear_sums(span);
+      for (std::int64_t n = pass.begin; n < pass.end; ++n) add_block(tile_of(n), span, dq);
+      if (pass.last) store_sums<T>(span);
+    });
+    for (std::int64_t n = pass.begin; n < pass.end; ++n) {
       const ScoreTile t = tile_of(n);
       store_query_columns<T>(p_, task_, head_, t, dq_columns_ + (t.first_query - first_) * p_.size.head_dim, scale_);
     }
+    if (task_.dsinks && task_.key_begin == 0 && pass.end == blocks_)
+      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, columns_.lse, columns_.delta);
+  }
+
+  float* dk_of(const KeySpan& span) const { return dk_ + (span.first - task_.key_begin) * width_; }
+  float* dv_of(const KeySpan& span) const { return dv_ + (span.first - task_.key_begin) * width_v_; }
+  void clear_sums(const KeySpan& span) {
+    std::memset(dk_of(span), 0, static_cast<std::size_t>(span.count * width_) * sizeof(float));
+    std::memset(dv_of(span), 0, static_cast<std::size_t>(span.count * width_v_) * sizeof(float));
+  }
+  template <class T>
+  void store_sums(const KeySpan& span) {
+    store_key_rows<T>(p_, task_, span, p_.grad.dk, dk_of(span), width_, p_.size.head_dim, scale_);
+    store_key_rows<T>(p_, task_, span, p_.grad.dv, dv_of(span), width_v_, p_.size.head_dim_v, 1.f);
   }
 
   /// Rows that are whole vectors of floats, dense, are used where they lie.

@@ -52,13 +52,23 @@ inline double sink_gradient(const detail::Params& p, const detail::Sequence& s, 
   return sum;
 }
 
-/// factor · rows, `width` floats apart, as the gradient of a task's keys or values; nothing if it is not wanted.
+/// Keys [first, first + count).
+struct KeySpan {
+  std::int64_t first;
+  int count;
+
+  FLASHCORE_INLINE bool meets(const detail::KeyRange& keys) const {
+    return first < keys.end && first + count > keys.begin;
+  }
+};
+
+/// factor · rows, `width` floats apart, as the gradient of keys or values of a task; nothing if it is not wanted.
 template <class T>
-void store_key_rows(const detail::Params& p, const BackwardTask& task, const detail::TensorParams& target,
-                    const float* rows, std::int64_t width, int dim, float factor) {
+void store_key_rows(const detail::Params& p, const BackwardTask& task, const KeySpan& span,
+                    const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
   if (!target.data) return;
-  for (std::int64_t j = task.key_begin; j < task.key_end; ++j, rows += width) {
-    T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, task.sequence, task.head_k, j);
+  for (int j = 0; j < span.count; ++j, rows += width) {
+    T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, task.sequence, task.head_k, span.first + j);
     for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + d) * factor, dim - d);
   }
 }
@@ -124,18 +134,33 @@ void pack_query_columns(const detail::Params& p, const detail::Sequence& s, std:
   pack_row_facts<T>(p, s, head, t, to.lse, to.delta);
 }
 
-/// Keys [first, first + count).
-struct KeySpan {
-  std::int64_t first;
-  int count;
+/// A chunk of a head's query blocks [begin, end), which meets the keys of a task. The first clears the keys' sums, the
+/// last stores them: each time those of a block are in the cache.
+struct Pass {
+  std::int64_t head;
+  std::int64_t begin;
+  std::int64_t end;
+  bool first;
+  bool last;
 };
 
-/// Calls add(span, dq) for each block of a task's keys with some that are seen and sums what they add to dq, each
-/// chunk's by itself: dq of the first in `sum`, which then takes up that of each other, which was in `chunk`. Both have
-/// `count` floats.
+/// Calls run(pass) for the chunks of all heads that share a task's keys: at least once, even without queries.
+template <class Run>
+void for_each_pass(const detail::Params& p, const BackwardTask& task, std::int64_t blocks, std::int64_t chunk_blocks,
+                   Run&& run) {
+  const std::int64_t group = p.size.heads_q / p.size.heads_k;
+  const std::int64_t chunks = blocks > 0 ? (blocks + chunk_blocks - 1) / chunk_blocks : 1;
+  for (std::int64_t n = 0; n < group * chunks; ++n) {
+    const std::int64_t begin = n % chunks * chunk_blocks;
+    run(Pass{task.head_k * group + n / chunks, begin, min_of(begin + chunk_blocks, blocks), n == 0,
+             n == group * chunks - 1});
+  }
+}
+
+/// Calls add(span, dq) for each block of a task's keys and sums what they add to dq, each chunk's by itself: dq of the
+/// first in `sum`, which then takes up that of each other, which was in `chunk`. Both have `count` floats.
 template <class Add>
-void sum_chunks(const BackwardTask& task, const detail::KeyRange& seen, std::int64_t count, float* sum, float* chunk,
-                Add&& add) {
+void sum_chunks(const BackwardTask& task, std::int64_t count, float* sum, float* chunk, Add&& add) {
   const auto clear = [&](float* dq) { std::memset(dq, 0, static_cast<std::size_t>(count) * sizeof(float)); };
   clear(sum);
   for (std::int64_t begin = task.key_begin; begin < task.key_end; begin += task.chunk_keys) {
@@ -143,8 +168,7 @@ void sum_chunks(const BackwardTask& task, const detail::KeyRange& seen, std::int
     float* dq = begin == task.key_begin ? sum : chunk;
     if (dq == chunk) clear(chunk);
     for (std::int64_t first = begin; first < end; first += kBlockKeys)
-      if (first < seen.end && first + kBlockKeys > seen.begin)
-        add(KeySpan{first, static_cast<int>(min_of<std::int64_t>(kBlockKeys, end - first))}, dq);
+      add(KeySpan{first, static_cast<int>(min_of<std::int64_t>(kBlockKeys, end - first))}, dq);
     if (dq == chunk) add_floats(chunk, count, sum);
   }
 }

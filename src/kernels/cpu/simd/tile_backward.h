@@ -56,15 +56,9 @@ class TileBackward {
         step_grads_(scratch.take<float>(2 * kStepFloats)) {}
 
   void run() {
-    const std::size_t keys = static_cast<std::size_t>(whole_tiles(task_.key_end - task_.key_begin));
-    std::memset(dk_, 0, keys * static_cast<std::size_t>(width_) * sizeof(float));
-    std::memset(dv_, 0, keys * static_cast<std::size_t>(width_v_) * sizeof(float));
-    const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
-    with_storage(p_.dtype, [&](auto storage) {
-      using T = decltype(storage);
-      for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_) add_head<T>();
-      store_key_rows<T>(p_, task_, p_.grad.dk, dk_, width_, dim_, scale_);
-      store_key_rows<T>(p_, task_, p_.grad.dv, dv_, width_v_, dim_v_, 1.f);
+    with_storage(p_.dtype, [this](auto storage) {
+      for_each_pass(p_, task_, blocks_, chunk_blocks_,
+                    [this](const Pass& pass) { add_queries<decltype(storage)>(pass); });
     });
   }
 
@@ -99,33 +93,51 @@ class TileBackward {
             dim};
   }
 
+  /// What the queries of a pass and the task's keys give to each other.
   template <class T>
-  void add_head() {
-    for (first_ = 0; first_ < blocks_; first_ += chunk_blocks_) add_queries<T>(min_of(chunk_blocks_, blocks_ - first_));
-    if (task_.dsinks && task_.key_begin == 0)
-      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, lse_, delta_);
-  }
-
-  /// What a chunk of `count` query blocks and the task's keys give to each other.
-  template <class T>
-  void add_queries(std::int64_t count) {
+  void add_queries(const Pass& pass) {
+    head_ = pass.head;
+    first_ = pass.begin;
+    const std::int64_t count = pass.end - pass.begin;
     for (std::int64_t n = 0; n < count; ++n) pack_block<T>(n);
-    const ScoreTile last = tile_of(count - 1);
-    const std::int64_t first = first_ * kBlockQueries;
-    const auto seen = grads_.rules().keys_of(first, static_cast<int>(last.first_query + last.queries - first));
+    const std::int64_t first_query = first_ * kBlockQueries;
+    const std::int64_t end_query = min_of(pass.end * kBlockQueries, s_.seqlen_q);
+    const detail::KeyRange seen = grads_.rules().keys_of(first_query, static_cast<int>(end_query - first_query));
     const std::int64_t block_floats = width_ * kBlockQueries;
-    sum_chunks(task_, seen, count * block_floats, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
-      span_ = span;
-      dq_ = dq;
-      split_rows<kParts>(key_rows<T>(p_.k, span_, dim_), key_rows_);
-      split_rows<kParts>(key_rows<T>(p_.v, span_, dim_v_), value_rows_);
-      if (p_.grad.dq.data)
-        split_columns<kParts>(key_rows<T>(p_.k, span_, dim_), kBlockKeys / kTileDepth * kParts, key_columns_);
-      for (std::int64_t n = 0; n < count; n += kGroup)
-        add_group(n, static_cast<int>(min_of<std::int64_t>(kGroup, count - n)));
+    sum_chunks(task_, count * block_floats, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
+      if (pass.first) clear_sums(span);
+      if (count > 0 && span.meets(seen)) add_span<T>(span, count, dq);
+      if (pass.last) store_sums<T>(span);
     });
     for (std::int64_t n = 0; n < count; ++n)
       store_query_columns<T>(p_, task_, head_, tile_of(n), dq_columns_ + n * block_floats, scale_);
+    if (task_.dsinks && task_.key_begin == 0 && pass.end == blocks_)
+      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, lse_, delta_);
+  }
+
+  template <class T>
+  void add_span(const KeySpan& span, std::int64_t count, float* dq) {
+    span_ = span;
+    dq_ = dq;
+    split_rows<kParts>(key_rows<T>(p_.k, span_, dim_), key_rows_);
+    split_rows<kParts>(key_rows<T>(p_.v, span_, dim_v_), value_rows_);
+    if (p_.grad.dq.data)
+      split_columns<kParts>(key_rows<T>(p_.k, span_, dim_), kBlockKeys / kTileDepth * kParts, key_columns_);
+    for (std::int64_t n = 0; n < count; n += kGroup)
+      add_group(n, static_cast<int>(min_of<std::int64_t>(kGroup, count - n)));
+  }
+
+  float* dk_of(const KeySpan& span) const { return dk_ + (span.first - task_.key_begin) * width_; }
+  float* dv_of(const KeySpan& span) const { return dv_ + (span.first - task_.key_begin) * width_v_; }
+  void clear_sums(const KeySpan& span) {
+    const std::size_t rows = static_cast<std::size_t>(whole_tiles(span.count));
+    std::memset(dk_of(span), 0, rows * static_cast<std::size_t>(width_) * sizeof(float));
+    std::memset(dv_of(span), 0, rows * static_cast<std::size_t>(width_v_) * sizeof(float));
+  }
+  template <class T>
+  void store_sums(const KeySpan& span) {
+    store_key_rows<T>(p_, task_, span, p_.grad.dk, dk_of(span), width_, dim_, scale_);
+    store_key_rows<T>(p_, task_, span, p_.grad.dv, dv_of(span), width_v_, dim_v_, 1.f);
   }
 
   template <class T>
@@ -178,8 +190,8 @@ class TileBackward {
       if (p_.grad.dq.data) add_dq(block, own_begin, t.keys);
     }
     if (begin >= end) return;
-    if (p_.grad.dv.data) add_rows(weight_rows_, first, count, begin, end, dout_rows_, dv_, width_v_);
-    if (p_.grad.dk.data) add_rows(grad_rows_, first, count, begin, end, q_rows_, dk_, width_);
+    if (p_.grad.dv.data) add_rows(weight_rows_, first, count, begin, end, dout_rows_, dv_of(span_), width_v_);
+    if (p_.grad.dk.data) add_rows(grad_rows_, first, count, begin, end, q_rows_, dk_of(span_), width_);
   }
 
   /// Keys [begin, end) have no weight with query block n of the group.
@@ -318,7 +330,7 @@ class TileBackward {
     p.a_row = kRowTiles;
     p.a = rows + begin / kTileSide * kRowTiles;
     p.b = queries + first * kParts * 2 * kTilePairs;
-    p.c = to + (span_.first - task_.key_begin + begin) * width;
+    p.c = to + begin * width;
     p.c_row = width;
     p.c_column = kTileSide;
     const std::int64_t single = p.columns % 2;  // the last of an odd number of columns lies closer
