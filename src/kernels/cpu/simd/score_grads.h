@@ -197,6 +197,17 @@ class FloatProducts {
   const KeySpan& span_;
 };
 
+/// Of `count` scores less lse, and as many products less Δ: weights become 2^scores, grads their gradients.
+__attribute__((noinline)) void weigh_plainly(float* weights, float* grads, std::int64_t count) {
+#pragma GCC unroll 2
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const VecF weight = exp2(load(weights + i));
+    store(weights + i, weight);
+    // Note: where a weight is 0 the value may be NaN, and does not count.
+    store(grads + i, weight != 0.f ? weight * load(grads + i) : VecF{});
+  }
+}
+
 class ScoreGrads {
  public:
   ScoreGrads(const detail::Params& p, const detail::Sequence& s, std::uint8_t* mask_extents, Arena& arena)
@@ -230,6 +241,7 @@ class ScoreGrads {
   /// Finds weights() and grads(), where products.scores(tile, start) and products.grads(tile, start) multiply.
   template <class Products>
   void find(const float* lse, const float* delta, Products&& products) {
+    if (plain()) return find_plainly(lse, delta, products);
     find_weights(lse, products);
     find_grads(delta, products);
   }
@@ -257,6 +269,19 @@ class ScoreGrads {
   }
 
  private:
+  template <class Products>
+  void find_plainly(const float* lse, const float* delta, Products& products) {
+    VecF less_lse[kTileVectors];
+    VecF less_delta[kTileVectors];
+    for (int n = 0; n < tile_.vectors; ++n) {
+      less_lse[n] = -load(lse + n * kLanes);
+      less_delta[n] = -load(delta + n * kLanes);
+    }
+    products.scores(tile_, less_lse);
+    products.grads(grads(), less_delta);
+    weigh_plainly(weights_, grads_, static_cast<std::int64_t>(tile_.keys) * tile_.width());
+  }
+
   template <class Products>
   void find_weights(const float* lse, Products& products) {
     const bool general = rules_.changes_scores(extent_);
