@@ -212,8 +212,7 @@ class Backward {
   std::int64_t first_ = 0;  // query of the chunk
 };
 
-/// Queries of both forms and dq, of `bytes` bytes for each number, that take about 3/4 MB: processors of these
-/// instruction sets have 1 or 2 MB of L2, or bring the next ones from L3 in time.
+/// Queries that take about 768 KB with `bytes` bytes for each of their numbers: both forms of q and dout, and dq.
 inline std::int64_t queries_in_cache(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t bytes) {
   constexpr std::int64_t kBytes = 768 * 1024;
   constexpr std::int64_t kStep = 128;
