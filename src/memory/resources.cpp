@@ -1,6 +1,8 @@
 // Which memory resource each device has: the plain one, flashcore's pool over it, or one that the program set.
 #include "memory/resources.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -18,14 +20,19 @@ namespace {
 class HostResource final : public MemoryResource {
  public:
   void* allocate(std::size_t bytes, Stream) override {
-    const std::size_t rounded = (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
-    const bool possible = bytes <= std::size_t{std::numeric_limits<std::ptrdiff_t>::max()} - kMemoryAlignment;
-    void* data = possible ? std::aligned_alloc(kMemoryAlignment, rounded) : nullptr;
+    const std::size_t alignment = bytes >= kHugePage / 2 ? kHugePage : kMemoryAlignment;
+    const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    const bool possible = bytes <= std::size_t{std::numeric_limits<std::ptrdiff_t>::max()} - alignment;
+    void* data = possible ? std::aligned_alloc(alignment, rounded) : nullptr;
     if (!data) throw OutOfMemory("host memory is exhausted: " + std::to_string(bytes) + " bytes were asked for");
+    if (alignment == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);  // an optimisation: it may be refused
     return data;
   }
 
   void deallocate(void* data, std::size_t, Stream) noexcept override { std::free(data); }
+
+ private:
+  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
 };
 
 /// One device's resources. `pool` is made on first use and lives for ever: at exit a device may be gone before static

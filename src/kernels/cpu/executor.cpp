@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "flashcore/error.h"
+#include "flashcore/memory.h"
 #include "flashcore/threads.h"
 
 namespace flashcore {
@@ -188,7 +189,13 @@ Executor executor() {
 }
 
 struct Scratch {
-  ~Scratch() { std::free(data); }
+  ~Scratch() { give_back(); }
+  void give_back() {
+    if (data) system_resource(Device{}).deallocate(data, bytes, nullptr);
+    data = nullptr;
+    bytes = 0;
+  }
+
   void* data = nullptr;
   std::size_t bytes = 0;
 };
@@ -209,14 +216,9 @@ void run_tasks(std::int64_t tasks, int threads, void (*task)(void*, std::int64_t
 void* thread_scratch(std::size_t bytes) {
   thread_local Scratch scratch;
   if (scratch.bytes < bytes) {
-    std::free(scratch.data);
-    scratch.bytes = 0;
-    constexpr std::size_t kPage = 4096;
-    const std::size_t rounded = (bytes + kPage - 1) / kPage * kPage;
-    scratch.data = std::aligned_alloc(kPage, rounded);
-    if (!scratch.data)
-      throw OutOfMemory("no memory for " + std::to_string(rounded) + " bytes of a CPU thread's scratch");
-    scratch.bytes = rounded;
+    scratch.give_back();
+    scratch.data = system_resource(Device{}).allocate(bytes, nullptr);
+    scratch.bytes = bytes;
   }
   return scratch.data;
 }

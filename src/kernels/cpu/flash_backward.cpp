@@ -45,6 +45,10 @@ struct Chunks {
   }
 };
 
+std::int64_t chunk_queries(const Problem& problem, const Isa& isa) {
+  return isa.backward_queries(problem.dtype, problem.size.head_dim, problem.size.head_dim_v);
+}
+
 /// How a call is cut into tasks: by key heads, or by chunks of their keys as well.
 struct Cut {
   Chunks chunks;
@@ -55,10 +59,13 @@ struct Cut {
 
   std::int64_t tasks_of_head() const { return by_chunks ? chunks.count : 1; }
   std::int64_t keys_of_task(const Sizes& s) const { return by_chunks ? std::min(chunks.keys, s.seqlen_k) : s.seqlen_k; }
-  std::size_t task_bytes(const Sizes& s) const {
+  std::size_t task_bytes(const Problem& problem, const Isa& isa) const {
+    const Sizes& s = problem.size;
     constexpr std::size_t kLine = WorkspaceLayout::kAlignment;
     const bool several = chunks.count > 1 && !by_chunks;
-    const std::size_t bytes = Isa::backward_workspace(s.seqlen_q, keys_of_task(s), s.head_dim, s.head_dim_v, several);
+    const std::int64_t queries = std::min<std::int64_t>(s.seqlen_q, chunk_queries(problem, isa));
+    const std::size_t bytes =
+        Isa::backward_workspace(s.seqlen_q, queries, keys_of_task(s), s.head_dim, s.head_dim_v, several);
     return (bytes + kLine - 1) / kLine * kLine;
   }
 };
@@ -145,7 +152,8 @@ void plan_flash_backward(const Problem& problem, const DeviceInfo&, Plan& plan) 
   const Cut cut(size, num_threads() > size.batch * size.heads_k);
   const std::int64_t tasks = std::max<std::int64_t>(1, size.batch * size.heads_k * cut.tasks_of_head());
   plan.splits = static_cast<int>(std::min<std::int64_t>({tasks, num_threads(), kMaxWorkspaces}));
-  plan.slices[kTasks] = plan.workspace.add(static_cast<std::size_t>(plan.splits) * cut.task_bytes(size));
+  plan.slices[kTasks] =
+      plan.workspace.add(static_cast<std::size_t>(plan.splits) * cut.task_bytes(problem, isa_of(plan)));
   if (cut.by_chunks)
     plan.slices[kQueryParts] =
         plan.workspace.add(static_cast<std::size_t>(tasks * part_floats(problem)) * sizeof(float));
@@ -160,13 +168,14 @@ void launch_flash_backward(const Plan& plan, const Params& params, void* workspa
   const int threads = std::min(plan.splits, threads_for(operations_of(params)));
   const std::size_t scratch = isa.backward_scratch(size.head_dim, size.head_dim_v);
   const Cut cut(plan.problem.size, plan.splits > size.batch * size.heads_k);
-  const std::size_t bytes = cut.task_bytes(plan.problem.size);
+  const std::size_t bytes = cut.task_bytes(plan.problem, isa);
   double* dsinks = params.grad.dsinks.data ? slice<double>(workspace, plan.slices[kSinkGrads]) : nullptr;
   const MaskExtents mask_extents(plan, params, workspace, kMaskExtents);
   Workspaces workspaces(plan.splits);
   const std::int64_t floats = part_floats(plan.problem);
   const std::int64_t tasks = cut.tasks_of_head();
   const std::int64_t keys = cut.keys_of_task(plan.problem.size);
+  const std::int64_t queries = chunk_queries(plan.problem, isa);
   float* parts = cut.by_chunks ? slice<float>(workspace, plan.slices[kQueryParts]) : nullptr;
   parallel_for(size.batch * size.heads_k * tasks, threads, [&](std::int64_t index) {
     const std::int64_t head = index / tasks;
@@ -181,6 +190,7 @@ void launch_flash_backward(const Plan& plan, const Params& params, void* workspa
                             first,
                             std::min(first + keys, sequence.seqlen_k),
                             cut.chunks.keys,
+                            queries,
                             parts ? parts + index * floats : nullptr,
                             slice<char>(workspace, plan.slices[kTasks] + static_cast<std::size_t>(own) * bytes),
                             dsinks,

@@ -64,15 +64,9 @@ class Backward {
       : Backward(p, task, scratch, Arena(task.workspace)) {}
 
   void run() {
-    const std::int64_t keys = task_.key_end - task_.key_begin;
-    std::memset(dk_, 0, static_cast<std::size_t>(keys * width_) * sizeof(float));
-    std::memset(dv_, 0, static_cast<std::size_t>(keys * width_v_) * sizeof(float));
-    const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
-    for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_)
-      with_storage(p_.dtype, [this](auto storage) { add_head<decltype(storage)>(); });
     with_storage(p_.dtype, [this](auto storage) {
-      store_key_rows<decltype(storage)>(p_, task_, p_.grad.dk, dk_, width_, p_.size.head_dim, scale_);
-      store_key_rows<decltype(storage)>(p_, task_, p_.grad.dv, dv_, width_v_, p_.size.head_dim_v, 1.f);
+      for_each_pass(p_, task_, blocks_, chunk_blocks_,
+                    [this](const Pass& pass) { add_queries<decltype(storage)>(pass); });
     });
   }
 
@@ -83,10 +77,12 @@ class Backward {
         s_(task.sequence),
         width_(whole_vectors(p.size.head_dim)),
         width_v_(whole_vectors(p.size.head_dim_v)),
-        queries_(whole_vectors(s_.seqlen_q)),
+        blocks_((whole_vectors(s_.seqlen_q) / kLanes + kTileVectors - 1) / kTileVectors),
+        chunk_blocks_(min_of(blocks_, task.chunk_queries / kBlockQueries)),
+        queries_(min_of(whole_vectors(s_.seqlen_q), chunk_blocks_ * kBlockQueries)),
         scale_(static_cast<float>(p.score.scale)),
         columns_{workspace.take<float>(queries_ * p.size.head_dim), workspace.take<float>(queries_ * p.size.head_dim_v),
-                 workspace.take<float>(queries_), workspace.take<float>(queries_)},
+                 workspace.take<float>(whole_vectors(s_.seqlen_q)), workspace.take<float>(whole_vectors(s_.seqlen_q))},
         dq_columns_(workspace.take<float>(queries_ * p.size.head_dim)),
         q_rows_(workspace.take<float>(queries_ * width_)),
         dout_rows_(workspace.take<float>(queries_ * width_v_)),
@@ -95,7 +91,7 @@ class Backward {
         dq_of_chunk_(workspace.take<float>(queries_ * p.size.head_dim)),
         grads_(p, s_, task.mask_extents, scratch),
         keys_(p, p.k, s_, task.head_k, p.size.head_dim, scratch.take<float>(KeyBlocks::floats(p.size.head_dim)),
-              queries_ / kBlockQueries),
+              chunk_blocks_),
         values_(p, p.v, s_, task.head_k, p.size.head_dim_v, scratch.take<float>(KeyBlocks::floats(p.size.head_dim_v))) {
   }
 
@@ -109,9 +105,9 @@ class Backward {
   }
 
   QueryColumns columns_of(const ScoreTile& t) const {
-    const std::int64_t first = t.first_query;
-    return {columns_.q + first * p_.size.head_dim, columns_.dout + first * p_.size.head_dim_v, columns_.lse + first,
-            columns_.delta + first};
+    const std::int64_t first = t.first_query - first_;
+    return {columns_.q + first * p_.size.head_dim, columns_.dout + first * p_.size.head_dim_v,
+            columns_.lse + t.first_query, columns_.delta + t.first_query};
   }
 
   template <class T>
@@ -119,21 +115,40 @@ class Backward {
     return static_cast<const T*>(t.data) + detail::q_offset(t, s_, head_, i);
   }
 
+  /// What the queries of a pass and the task's keys give to each other.
   template <class T>
-  void add_head() {
-    const std::int64_t blocks = (queries_ / kLanes + kTileVectors - 1) / kTileVectors;
-    for (std::int64_t n = 0; n < blocks; ++n)
+  void add_queries(const Pass& pass) {
+    head_ = pass.head;
+    first_ = tile_of(pass.begin).first_query;
+    for (std::int64_t n = pass.begin; n < pass.end; ++n)
       pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
-    widen_queries(p_.q, p_.size.head_dim, q_rows_, T{});
-    widen_queries(p_.grad.dout, p_.size.head_dim_v, dout_rows_, T{});
-    if (task_.dsinks && task_.key_begin == 0)
-      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, columns_.lse, columns_.delta);
+    const ScoreTile last = tile_of(pass.end - 1);
+    const std::int64_t queries = pass.end > pass.begin ? last.first_query + last.queries - first_ : 0;
+    widen_queries<T>(p_.q, p_.size.head_dim, queries, q_rows_);
+    widen_queries<T>(p_.grad.dout, p_.size.head_dim_v, queries, dout_rows_);
     sum_chunks(task_, queries_ * p_.size.head_dim, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
-      for (std::int64_t n = 0; n < blocks; ++n) add_block(tile_of(n), span, dq);
+      if (pass.first) clear_sums(span);
+      for (std::int64_t n = pass.begin; n < pass.end; ++n) add_block(tile_of(n), span, dq);
+      if (pass.last) store_sums<T>(span);
     });
-    for (std::int64_t n = 0; n < blocks; ++n)
-      store_query_columns<T>(p_, task_, head_, tile_of(n), dq_columns_ + tile_of(n).first_query * p_.size.head_dim,
-                             scale_);
+    for (std::int64_t n = pass.begin; n < pass.end; ++n) {
+      const ScoreTile t = tile_of(n);
+      store_query_columns<T>(p_, task_, head_, t, dq_columns_ + (t.first_query - first_) * p_.size.head_dim, scale_);
+    }
+    if (task_.dsinks && task_.key_begin == 0 && pass.end == blocks_)
+      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, columns_.lse, columns_.delta);
+  }
+
+  float* dk_of(const KeySpan& span) const { return dk_ + (span.first - task_.key_begin) * width_; }
+  float* dv_of(const KeySpan& span) const { return dv_ + (span.first - task_.key_begin) * width_v_; }
+  void clear_sums(const KeySpan& span) {
+    std::memset(dk_of(span), 0, static_cast<std::size_t>(span.count * width_) * sizeof(float));
+    std::memset(dv_of(span), 0, static_cast<std::size_t>(span.count * width_v_) * sizeof(float));
+  }
+  template <class T>
+  void store_sums(const KeySpan& span) {
+    store_key_rows<T>(p_, task_, span, p_.grad.dk, dk_of(span), width_, p_.size.head_dim, scale_);
+    store_key_rows<T>(p_, task_, span, p_.grad.dv, dv_of(span), width_v_, p_.size.head_dim_v, 1.f);
   }
 
   /// Rows that are whole vectors of floats, dense, are used where they lie.
@@ -141,13 +156,13 @@ class Backward {
     return p_.dtype == DType::float32 && t.seq == dim && whole_vectors(dim) == dim;
   }
   template <class T>
-  void widen_queries(const detail::TensorParams& t, int dim, float* rows, T) {
+  void widen_queries(const detail::TensorParams& t, int dim, std::int64_t count, float* rows) {
     if (in_place(t, dim)) return;
-    for (std::int64_t i = 0; i < s_.seqlen_q; ++i) widen_row(row<T>(t, i), dim, rows + i * whole_vectors(dim));
+    for (std::int64_t i = 0; i < count; ++i) widen_row(row<T>(t, first_ + i), dim, rows + i * whole_vectors(dim));
   }
   KeyRows query_rows(const detail::TensorParams& t, int dim, const float* rows, std::int64_t first) const {
     const std::int64_t width = whole_vectors(dim);
-    return {in_place(t, dim) ? row<float>(t, first) : rows + first * width, width};
+    return {in_place(t, dim) ? row<float>(t, first) : rows + (first - first_) * width, width};
   }
 
   /// What a span of keys and a query block give to each other.
@@ -167,7 +182,7 @@ class Backward {
     if (p_.grad.dk.data) multiply_wide_rows(grads, query_rows(p_.q, dim, q_rows_, query), dk_ + key * width_, width_);
     if (!p_.grad.dq.data) return;
     const KeyRows k = keys_.rows(span.first, span.count).from(grads.first_key - span.first);
-    float* dq = dq_columns + query * dim;
+    float* dq = dq_columns + (query - first_) * dim;
     if (grads_.some_excluded() && !keys_.is_finite(span.first, span.count))
       add_values_with_weight(grads, k, dim, dq);
     else
@@ -179,9 +194,11 @@ class Backward {
   const detail::Sequence& s_;
   const std::int64_t width_;    // of rows of head_dim, in whole vectors
   const std::int64_t width_v_;  // of rows of head_dim_v
-  const std::int64_t queries_;  // rounded up to whole vectors
+  const std::int64_t blocks_;   // of queries
+  const std::int64_t chunk_blocks_;
+  const std::int64_t queries_;  // of a chunk, in whole vectors
   const float scale_;
-  const QueryColumns columns_;  // of all query blocks of a head
+  const QueryColumns columns_;  // q and dout of a chunk; lse and Δ of all queries of a head
   float* const dq_columns_;
   float* const q_rows_;  // (seqlen_q, width_)
   float* const dout_rows_;
@@ -192,7 +209,16 @@ class Backward {
   KeyBlocks keys_;
   KeyBlocks values_;
   std::int64_t head_ = 0;
+  std::int64_t first_ = 0;  // query of the chunk
 };
+
+/// Queries that take about 768 KB with `bytes` bytes for each of their numbers: both forms of q and dout, and dq.
+inline std::int64_t queries_in_cache(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t bytes) {
+  constexpr std::int64_t kBytes = 768 * 1024;
+  constexpr std::int64_t kStep = 128;
+  const std::int64_t one = (head_dim + head_dim_v) * bytes / 2;
+  return max_of<std::int64_t>(1, (kBytes / one + kStep / 2) / kStep) * kStep;
+}
 
 #if defined(FLASHCORE_AMX)
 /// Whether what a task multiplies is finite: parts of an infinity are not numbers, and 0 times it is none.
@@ -225,6 +251,11 @@ void backward(const detail::Params& params, const BackwardTask& task, void* scra
 std::size_t backward_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
   return max_of(Backward::scratch_bytes(head_dim, head_dim_v), TileBackward<3>::scratch_bytes(head_dim, head_dim_v));
 }
+
+std::int64_t backward_queries(DType dtype, std::int64_t head_dim, std::int64_t head_dim_v) {
+  const int parts = dtype == DType::float32 ? 3 : dtype == DType::float16 ? 2 : 1;
+  return queries_in_cache(head_dim, head_dim_v, 8 * parts + 4);
+}
 #else
 void backward(const detail::Params& params, const BackwardTask& task, void* scratch) {
   Backward(params, task, Arena(scratch)).run();
@@ -232,6 +263,10 @@ void backward(const detail::Params& params, const BackwardTask& task, void* scra
 
 std::size_t backward_scratch(std::int64_t head_dim, std::int64_t head_dim_v) {
   return Backward::scratch_bytes(head_dim, head_dim_v);
+}
+
+std::int64_t backward_queries(DType, std::int64_t head_dim, std::int64_t head_dim_v) {
+  return queries_in_cache(head_dim, head_dim_v, 20);
 }
 #endif
 

@@ -37,6 +37,7 @@ struct BackwardTask {
   std::int64_t key_begin;
   std::int64_t key_end;
   std::int64_t chunk_keys;
+  std::int64_t chunk_queries;  // so many, by backward_queries(), meet all of the task's keys before the next do
   float* dq_part;   // of a task of one chunk: (heads that share it, seqlen_q, dq_width); null: dq itself is written
   void* workspace;  // of backward_workspace() bytes
   double* dsinks;   // (batch, heads_q): each sequence's part of the sinks' gradients; null: not wanted
@@ -71,6 +72,8 @@ struct Isa {
 
   void (*backward)(const detail::Params& params, const BackwardTask& task, void* scratch);
   std::size_t (*backward_scratch)(std::int64_t head_dim, std::int64_t head_dim_v);
+  /// Queries that stay in L2, in both forms and with their gradients.
+  std::int64_t (*backward_queries)(DType dtype, std::int64_t head_dim, std::int64_t head_dim_v);
 
   /// Writes dq of a head as the sum of `parts` parts, which lie `stride` floats apart.
   void (*sum_dq)(const detail::Params& params, const detail::Sequence& sequence, std::int64_t head, const float* part,
@@ -83,15 +86,14 @@ struct Isa {
   /// Floats from row to row of a part of dq.
   static std::int64_t dq_width(std::int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-  /// Bytes that a backward task of so many keys needs: both forms of q and dout, as floats or as up to three bfloat16
-  /// for each, and the gradients as floats; dq twice if the keys are several chunks. Enough for every instruction set,
-  /// so that a plan holds for each.
-  static std::size_t backward_workspace(std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t head_dim,
-                                        std::int64_t head_dim_v, bool several_chunks) {
+  /// Bytes that a backward task of so many keys needs: for a chunk of queries both forms of q and dout, as floats or as
+  /// up to three bfloat16 for each, and dq as floats, twice if the keys are several chunks; dk and dv.
+  static std::size_t backward_workspace(std::int64_t seqlen_q, std::int64_t chunk_queries, std::int64_t seqlen_k,
+                                        std::int64_t head_dim, std::int64_t head_dim_v, bool several_chunks) {
     const auto whole = [](std::int64_t x) { return (x + 31) / 32 * 32; };
     const std::int64_t dims = whole(head_dim) + whole(head_dim_v);
-    const std::int64_t floats =
-        whole(seqlen_q) * (3 * dims + (several_chunks ? 2 : 1) * whole(head_dim) + 2) + whole(seqlen_k) * dims;
+    const std::int64_t floats = whole(chunk_queries) * (3 * dims + (several_chunks ? 2 : 1) * whole(head_dim)) +
+                                2 * whole(seqlen_q) + whole(seqlen_k) * dims;
     return static_cast<std::size_t>(floats) * sizeof(float) + 16 * 64;
   }
 

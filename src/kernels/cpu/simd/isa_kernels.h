@@ -25,6 +25,7 @@ constexpr Isa isa_kernels(const char* name) {
       .merge_spans = merge_spans,
       .backward = backward,
       .backward_scratch = backward_scratch,
+      .backward_queries = backward_queries,
       .sum_dq = sum_dq,
       .bias_grad = bias_grad,
       .bias_grad_scratch = bias_grad_scratch,

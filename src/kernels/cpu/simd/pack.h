@@ -112,10 +112,19 @@ __attribute__((noinline)) void widen_rows(const Rows<T>& source, float* target, 
 /// Whether no number is NaN or Inf: 0 times them is 0.
 template <class T>
 bool all_finite(const T* rows, std::int64_t stride, std::int64_t count, int columns) {
-  VecF zeros{};
-  for (std::int64_t i = 0; i < count; ++i)
-    for (int d = 0; d < columns; d += kLanes) zeros += load_floats(rows + i * stride + d, columns - d) * 0.f;
-  return sum_of_lanes(zeros) == 0.f;
+  const bool dense = stride == columns;
+  const std::int64_t length = dense ? count * columns : columns;
+  VecF zeros[4] = {};
+  for (std::int64_t i = 0; i < (dense ? 1 : count); ++i) {
+    const T* row = rows + i * stride;
+    std::int64_t d = 0;
+    for (; d + 4 * kLanes <= length; d += 4 * kLanes)
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) zeros[n] += load_floats(row + d + n * kLanes) * 0.f;
+    for (; d < length; d += kLanes)
+      zeros[0] += load_floats(row + d, static_cast<int>(min_of<std::int64_t>(kLanes, length - d))) * 0.f;
+  }
+  return sum_of_lanes(zeros[0] + zeros[1] + zeros[2] + zeros[3]) == 0.f;
 }
 
 }  // namespace

@@ -52,13 +52,23 @@ inline double sink_gradient(const detail::Params& p, const detail::Sequence& s, 
   return sum;
 }
 
-/// factor · rows, `width` floats apart, as the gradient of a task's keys or values; nothing if it is not wanted.
+/// Keys [first, first + count).
+struct KeySpan {
+  std::int64_t first;
+  int count;
+
+  FLASHCORE_INLINE bool meets(const detail::KeyRange& keys) const {
+    return first < keys.end && first + count > keys.begin;
+  }
+};
+
+/// factor · rows, `width` floats apart, as the gradient of keys or values of a task; nothing if it is not wanted.
 template <class T>
-void store_key_rows(const detail::Params& p, const BackwardTask& task, const detail::TensorParams& target,
-                    const float* rows, std::int64_t width, int dim, float factor) {
+void store_key_rows(const detail::Params& p, const BackwardTask& task, const KeySpan& span,
+                    const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
   if (!target.data) return;
-  for (std::int64_t j = task.key_begin; j < task.key_end; ++j, rows += width) {
-    T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, task.sequence, task.head_k, j);
+  for (int j = 0; j < span.count; ++j, rows += width) {
+    T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, task.sequence, task.head_k, span.first + j);
     for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + d) * factor, dim - d);
   }
 }
@@ -124,11 +134,28 @@ void pack_query_columns(const detail::Params& p, const detail::Sequence& s, std:
   pack_row_facts<T>(p, s, head, t, to.lse, to.delta);
 }
 
-/// Keys [first, first + count).
-struct KeySpan {
-  std::int64_t first;
-  int count;
+/// A chunk of a head's query blocks [begin, end), which meets the keys of a task. The first clears the keys' sums, the
+/// last stores them: each time those of a block are in the cache.
+struct Pass {
+  std::int64_t head;
+  std::int64_t begin;
+  std::int64_t end;
+  bool first;
+  bool last;
 };
+
+/// Calls run(pass) for the chunks of all heads that share a task's keys: at least once, even without queries.
+template <class Run>
+void for_each_pass(const detail::Params& p, const BackwardTask& task, std::int64_t blocks, std::int64_t chunk_blocks,
+                   Run&& run) {
+  const std::int64_t group = p.size.heads_q / p.size.heads_k;
+  const std::int64_t chunks = blocks > 0 ? (blocks + chunk_blocks - 1) / chunk_blocks : 1;
+  for (std::int64_t n = 0; n < group * chunks; ++n) {
+    const std::int64_t begin = n % chunks * chunk_blocks;
+    run(Pass{task.head_k * group + n / chunks, begin, min_of(begin + chunk_blocks, blocks), n == 0,
+             n == group * chunks - 1});
+  }
+}
 
 /// Calls add(span, dq) for each block of a task's keys and sums what they add to dq, each chunk's by itself: dq of the
 /// first in `sum`, which then takes up that of each other, which was in `chunk`. Both have `count` floats.
@@ -170,6 +197,17 @@ class FloatProducts {
   const KeySpan& span_;
 };
 
+/// Of `count` scores less lse, and as many products less Δ: weights become 2^scores, grads their gradients.
+__attribute__((noinline)) void weigh_plainly(float* weights, float* grads, std::int64_t count) {
+#pragma GCC unroll 2
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const VecF weight = exp2(load(weights + i));
+    store(weights + i, weight);
+    // Note: where a weight is 0 the value may be NaN, and does not count.
+    store(grads + i, weight != 0.f ? weight * load(grads + i) : VecF{});
+  }
+}
+
 class ScoreGrads {
  public:
   ScoreGrads(const detail::Params& p, const detail::Sequence& s, std::uint8_t* mask_extents, Arena& arena)
@@ -203,6 +241,7 @@ class ScoreGrads {
   /// Finds weights() and grads(), where products.scores(tile, start) and products.grads(tile, start) multiply.
   template <class Products>
   void find(const float* lse, const float* delta, Products&& products) {
+    if (plain()) return find_plainly(lse, delta, products);
     find_weights(lse, products);
     find_grads(delta, products);
   }
@@ -230,6 +269,19 @@ class ScoreGrads {
   }
 
  private:
+  template <class Products>
+  void find_plainly(const float* lse, const float* delta, Products& products) {
+    VecF less_lse[kTileVectors];
+    VecF less_delta[kTileVectors];
+    for (int n = 0; n < tile_.vectors; ++n) {
+      less_lse[n] = -load(lse + n * kLanes);
+      less_delta[n] = -load(delta + n * kLanes);
+    }
+    products.scores(tile_, less_lse);
+    products.grads(grads(), less_delta);
+    weigh_plainly(weights_, grads_, static_cast<std::int64_t>(tile_.keys) * tile_.width());
+  }
+
   template <class Products>
   void find_weights(const float* lse, Products& products) {
     const bool general = rules_.changes_scores(extent_);

@@ -33,17 +33,18 @@ class TileBackward {
         width_(whole_tiles(dim_)),
         width_v_(whole_tiles(dim_v_)),
         blocks_((s_.seqlen_q + kBlockQueries - 1) / kBlockQueries),
+        chunk_blocks_(min_of(blocks_, task.chunk_queries / kBlockQueries)),
         scale_(static_cast<float>(p.score.scale)),
-        q_pairs_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_))),
-        dout_pairs_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_v_))),
-        q_rows_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_))),
-        dout_rows_(workspace.take<std::uint32_t>(blocks_ * pairs_of_block(dim_v_))),
+        q_pairs_(workspace.take<std::uint32_t>(chunk_blocks_ * pairs_of_block(dim_))),
+        dout_pairs_(workspace.take<std::uint32_t>(chunk_blocks_ * pairs_of_block(dim_v_))),
+        q_rows_(workspace.take<std::uint32_t>(chunk_blocks_ * pairs_of_block(dim_))),
+        dout_rows_(workspace.take<std::uint32_t>(chunk_blocks_ * pairs_of_block(dim_v_))),
         lse_(workspace.take<float>(blocks_ * kBlockQueries)),
         delta_(workspace.take<float>(blocks_ * kBlockQueries)),
-        dq_columns_(workspace.take<float>(blocks_ * width_ * kBlockQueries)),
+        dq_columns_(workspace.take<float>(chunk_blocks_ * width_ * kBlockQueries)),
         dk_(workspace.take<float>(whole_tiles(task.key_end - task.key_begin) * width_)),
         dv_(workspace.take<float>(whole_tiles(task.key_end - task.key_begin) * width_v_)),
-        dq_of_chunk_(workspace.take<float>(blocks_ * width_ * kBlockQueries)),
+        dq_of_chunk_(workspace.take<float>(chunk_blocks_ * width_ * kBlockQueries)),
         grads_(p, s_, task.mask_extents, scratch),
         key_rows_(scratch.take<std::uint16_t>(key_halves(dim_))),
         key_columns_(scratch.take<std::uint16_t>(key_halves(dim_))),
@@ -55,15 +56,9 @@ class TileBackward {
         step_grads_(scratch.take<float>(2 * kStepFloats)) {}
 
   void run() {
-    const std::size_t keys = static_cast<std::size_t>(whole_tiles(task_.key_end - task_.key_begin));
-    std::memset(dk_, 0, keys * static_cast<std::size_t>(width_) * sizeof(float));
-    std::memset(dv_, 0, keys * static_cast<std::size_t>(width_v_) * sizeof(float));
-    const std::int64_t group = p_.size.heads_q / p_.size.heads_k;
-    with_storage(p_.dtype, [&](auto storage) {
-      using T = decltype(storage);
-      for (head_ = task_.head_k * group; head_ < (task_.head_k + 1) * group; ++head_) add_head<T>();
-      store_key_rows<T>(p_, task_, p_.grad.dk, dk_, width_, dim_, scale_);
-      store_key_rows<T>(p_, task_, p_.grad.dv, dv_, width_v_, dim_v_, 1.f);
+    with_storage(p_.dtype, [this](auto storage) {
+      for_each_pass(p_, task_, blocks_, chunk_blocks_,
+                    [this](const Pass& pass) { add_queries<decltype(storage)>(pass); });
     });
   }
 
@@ -80,8 +75,9 @@ class TileBackward {
   /// Dwords of a query block as B.
   static std::int64_t pairs_of_block(std::int64_t dim) { return kParts * whole_depth(dim) / 2 * kBlockQueries; }
 
+  /// A query block of the chunk as a tile without keys.
   ScoreTile tile_of(std::int64_t block) const {
-    const std::int64_t first = block * kBlockQueries;
+    const std::int64_t first = (first_ + block) * kBlockQueries;
     const int queries = static_cast<int>(min_of<std::int64_t>(kBlockQueries, s_.seqlen_q - first));
     return {nullptr, kTileVectors, 0, 0, first, queries};
   }
@@ -97,23 +93,51 @@ class TileBackward {
             dim};
   }
 
+  /// What the queries of a pass and the task's keys give to each other.
   template <class T>
-  void add_head() {
-    for (std::int64_t n = 0; n < blocks_; ++n) pack_block<T>(n);
-    if (task_.dsinks && task_.key_begin == 0)
-      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, lse_, delta_);
+  void add_queries(const Pass& pass) {
+    head_ = pass.head;
+    first_ = pass.begin;
+    const std::int64_t count = pass.end - pass.begin;
+    for (std::int64_t n = 0; n < count; ++n) pack_block<T>(n);
+    const std::int64_t first_query = first_ * kBlockQueries;
+    const std::int64_t end_query = min_of(pass.end * kBlockQueries, s_.seqlen_q);
+    const detail::KeyRange seen = grads_.rules().keys_of(first_query, static_cast<int>(end_query - first_query));
     const std::int64_t block_floats = width_ * kBlockQueries;
-    sum_chunks(task_, blocks_ * block_floats, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
-      span_ = span;
-      dq_ = dq;
-      split_rows<kParts>(key_rows<T>(p_.k, span_, dim_), key_rows_);
-      split_rows<kParts>(key_rows<T>(p_.v, span_, dim_v_), value_rows_);
-      if (p_.grad.dq.data)
-        split_columns<kParts>(key_rows<T>(p_.k, span_, dim_), kBlockKeys / kTileDepth * kParts, key_columns_);
-      for (std::int64_t n = 0; n < blocks_; n += kGroup) add_group(n);
+    sum_chunks(task_, count * block_floats, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
+      if (pass.first) clear_sums(span);
+      if (count > 0 && span.meets(seen)) add_span<T>(span, count, dq);
+      if (pass.last) store_sums<T>(span);
     });
-    for (std::int64_t n = 0; n < blocks_; ++n)
+    for (std::int64_t n = 0; n < count; ++n)
       store_query_columns<T>(p_, task_, head_, tile_of(n), dq_columns_ + n * block_floats, scale_);
+    if (task_.dsinks && task_.key_begin == 0 && pass.end == blocks_)
+      task_.dsinks[s_.batch * p_.size.heads_q + head_] = sink_gradient(p_, s_, head_, lse_, delta_);
+  }
+
+  template <class T>
+  void add_span(const KeySpan& span, std::int64_t count, float* dq) {
+    span_ = span;
+    dq_ = dq;
+    split_rows<kParts>(key_rows<T>(p_.k, span_, dim_), key_rows_);
+    split_rows<kParts>(key_rows<T>(p_.v, span_, dim_v_), value_rows_);
+    if (p_.grad.dq.data)
+      split_columns<kParts>(key_rows<T>(p_.k, span_, dim_), kBlockKeys / kTileDepth * kParts, key_columns_);
+    for (std::int64_t n = 0; n < count; n += kGroup)
+      add_group(n, static_cast<int>(min_of<std::int64_t>(kGroup, count - n)));
+  }
+
+  float* dk_of(const KeySpan& span) const { return dk_ + (span.first - task_.key_begin) * width_; }
+  float* dv_of(const KeySpan& span) const { return dv_ + (span.first - task_.key_begin) * width_v_; }
+  void clear_sums(const KeySpan& span) {
+    const std::size_t rows = static_cast<std::size_t>(whole_tiles(span.count));
+    std::memset(dk_of(span), 0, rows * static_cast<std::size_t>(width_) * sizeof(float));
+    std::memset(dv_of(span), 0, rows * static_cast<std::size_t>(width_v_) * sizeof(float));
+  }
+  template <class T>
+  void store_sums(const KeySpan& span) {
+    store_key_rows<T>(p_, task_, span, p_.grad.dk, dk_of(span), width_, dim_, scale_);
+    store_key_rows<T>(p_, task_, span, p_.grad.dv, dv_of(span), width_v_, dim_v_, 1.f);
   }
 
   template <class T>
@@ -128,7 +152,7 @@ class TileBackward {
     pack_row_facts<T>(p_, s_, head_, t, lse_ + t.first_query, delta_ + t.first_query);
   }
 
-  /// As B of dK or dV: two columns of tiles for all query blocks, then the next two.
+  /// As B of dK or dV: two columns of tiles for all query blocks of a chunk, then the next two.
   template <class T>
   void pack_rows(const Rows<T>& rows, std::int64_t block, std::uint32_t* to) {
     for (int d = 0; d < rows.columns; d += 2 * kTileSide) {
@@ -140,13 +164,12 @@ class TileBackward {
     }
   }
   /// From two columns of tiles to the next.
-  std::int64_t pair_stride() const { return blocks_ * kParts * 2 * kTilePairs; }
+  std::int64_t pair_stride() const { return chunk_blocks_ * kParts * 2 * kTilePairs; }
 
   float* dq_of(std::int64_t block) const { return dq_ + block * width_ * kBlockQueries; }
 
   /// What the span of keys and some query blocks give to each other.
-  void add_group(std::int64_t first) {
-    const int count = static_cast<int>(min_of<std::int64_t>(kGroup, blocks_ - first));
+  void add_group(std::int64_t first, int count) {
     int begin = kBlockKeys;  // of the span's keys that some block sees
     int end = 0;
     for (int n = 0; n < count; ++n) {
@@ -167,8 +190,8 @@ class TileBackward {
       if (p_.grad.dq.data) add_dq(block, own_begin, t.keys);
     }
     if (begin >= end) return;
-    if (p_.grad.dv.data) add_rows(weight_rows_, first, count, begin, end, dout_rows_, dv_, width_v_);
-    if (p_.grad.dk.data) add_rows(grad_rows_, first, count, begin, end, q_rows_, dk_, width_);
+    if (p_.grad.dv.data) add_rows(weight_rows_, first, count, begin, end, dout_rows_, dv_of(span_), width_v_);
+    if (p_.grad.dk.data) add_rows(grad_rows_, first, count, begin, end, q_rows_, dk_of(span_), width_);
   }
 
   /// Keys [begin, end) have no weight with query block n of the group.
@@ -221,9 +244,10 @@ class TileBackward {
     const VecF unit = broadcast(grads_.rules().query_scale());
     VecF lse[kTileVectors];
     VecF delta[kTileVectors];
+    const std::int64_t query = (first_ + block) * kBlockQueries;
     for (int i = 0; i < kTileVectors; ++i) {
-      lse[i] = load(lse_ + block * kBlockQueries + i * kLanes);
-      delta[i] = load(delta_ + block * kBlockQueries + i * kLanes);
+      lse[i] = load(lse_ + query + i * kLanes);
+      delta[i] = load(delta_ + query + i * kLanes);
     }
     std::uint32_t* pairs = pairs_of(first);
     for (int j = 0; j < kStep; j += 2, pairs += kTileSide) {
@@ -273,7 +297,7 @@ class TileBackward {
         change_scores(t, [&](VecF x, int, int i) { return x + start[i]; });
       }
     };
-    const std::int64_t query = block * kBlockQueries;
+    const std::int64_t query = (first_ + block) * kBlockQueries;
     grads_.find(lse_ + query, delta_ + query, Products{*this, block, begin});
     grads_.pass_softcap();
     const ScoreTile& weights = grads_.weights();
@@ -306,7 +330,7 @@ class TileBackward {
     p.a_row = kRowTiles;
     p.a = rows + begin / kTileSide * kRowTiles;
     p.b = queries + first * kParts * 2 * kTilePairs;
-    p.c = to + (span_.first - task_.key_begin + begin) * width;
+    p.c = to + begin * width;
     p.c_row = width;
     p.c_column = kTileSide;
     const std::int64_t single = p.columns % 2;  // the last of an odd number of columns lies closer
@@ -327,6 +351,7 @@ class TileBackward {
   const std::int64_t width_;  // of rows of dk, in whole tiles
   const std::int64_t width_v_;
   const std::int64_t blocks_;  // of queries
+  const std::int64_t chunk_blocks_;
   const float scale_;
   std::uint32_t* const q_pairs_;
   std::uint32_t* const dout_pairs_;
@@ -350,6 +375,7 @@ class TileBackward {
   float* const step_grads_;
   KeySpan span_ = {};
   std::int64_t head_ = 0;
+  std::int64_t first_ = 0;  // block of the chunk
 };
 
 }  // namespace
