@@ -39,8 +39,8 @@ KNOWN = [
     (64, "general", Tile(128, 128, 2, 2, True, False, 40, 232)),
     (128, "positional", Tile(128, 128, 2, 2, True, True, 40, 232)),
     (192, "full", Tile(128, 112, 2, 1, False, True, 40, 232)),
-    (256, "general", Tile(128, 64, 2, 1, False, True, 40, 232)),
-    (256, "full", Tile(128, 80, 2, 1, False, True, 40, 232)),
+    (256, "general", Tile(128, 64, 2, 1, False, True, 40, 232, 8, 64)),
+    (256, "full", Tile(128, 80, 2, 1, False, True, 40, 232, 8, 64)),
 ]
 
 in_checkout = pytest.mark.skipif(not (ROOT / compile.ENTRY).is_file(), reason="needs the source tree")
