@@ -7,7 +7,7 @@
 //   S = Q·K[n]ᵀ                        wgmma, both operands in shared memory, S in registers
 //   P = 2^(S·c − m·c), m lazily         tile/softmax.cuh
 //   for the other blocks:  issue S' = Q·K[n−1]ᵀ and O += P·V[n] together; soften S' while O is still computed
-//   O += P·V[0];  O /= sum;  store through shared memory by TMA, a warp at a time
+//   O += P·V[0];  O /= sum;  store, a warp at a time: by TMA where a buffer is left for that, else from registers
 //
 //   time ->   producer   | K3 Q V3 | K2 V2 | K1 V1 | K0 V0 | next tile's K3 Q …
 //             consumer 0 | S3 softmax | S2 + PV3, softmax 2 | S1 + PV2, softmax 1 | …
