@@ -31,6 +31,23 @@ ROOT = Path(__file__).resolve().parent.parent
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 TRAITS = re.compile(r"flashcore::sm90::\w+<(flashcore::sm90::\w*Traits<.*>)\s*>\(")
 
+#: prints a kernel's shared memory, and the registers of its producer and consumers where it has such
+ASK = """#include <cstdio>
+#include "kernels/sm90/fwd.cuh"
+#include "kernels/sm90/fwd_small.cuh"
+using namespace flashcore::sm90;
+
+template <class T>
+auto tell() -> decltype(T::kTile, void()) {
+  std::printf("%d %d %d\\n", SharedPlan<T>::kBytes, T::kTile.producer_registers, T::kTile.consumer_registers);
+}
+
+template <class T>
+auto tell() -> decltype(T::kPartBytes, void()) {
+  std::printf("%d\\n", small_shared_bytes<T>(kSmallParts));
+}
+"""
+
 
 @dataclass
 class Kernel:
@@ -133,15 +150,10 @@ def ask_the_sources(kernels: list[Kernel]) -> None:
     hopper = [(kernel, match[1]) for kernel in kernels if (match := TRAITS.match(kernel.name.removeprefix("void ")))]
     if not nvcc or not hopper:
         return
-    lines = [
-        f'  {{ using T = {traits}; std::printf("%d %d %d\\n", flashcore::sm90::SharedPlan<T>::kBytes, '
-        "T::kTile.producer_registers, T::kTile.consumer_registers); }"
-        for _, traits in hopper
-    ]
+    lines = [f"  tell<{traits}>();" for _, traits in hopper]
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "ask.cu", Path(folder) / "ask"
-        text = ["#include <cstdio>", '#include "kernels/sm90/fwd.cuh"', "int main() {", *lines, "}"]
-        source.write_text("\n".join(text) + "\n")
+        source.write_text("\n".join([ASK, "int main() {", *lines, "}"]) + "\n")
         flags = ["-std=c++17", "-arch=sm_90a", f"-I{ROOT}/include", f"-I{ROOT}/src"]
         built = subprocess.run([nvcc, *flags, source, "-o", program], capture_output=True, text=True)
         if built.returncode != 0:
@@ -149,7 +161,9 @@ def ask_the_sources(kernels: list[Kernel]) -> None:
             return
         answers = run(program).splitlines()
     for (kernel, _), answer in zip(hopper, answers, strict=True):
-        kernel.dynamic_shared, kernel.producer_registers, kernel.consumer_registers = map(int, answer.split())
+        kernel.dynamic_shared, *registers = map(int, answer.split())
+        if registers:
+            kernel.producer_registers, kernel.consumer_registers = registers
 
 
 def compile_seconds(build: Path) -> dict[str, float]:

@@ -21,6 +21,7 @@
 
 #include <cstdint>
 
+#include "../common/repair.h"
 #include "../params.h"
 #include "../ptx/barrier.cuh"
 #include "../ptx/global.cuh"
