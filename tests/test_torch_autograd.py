@@ -372,3 +372,11 @@ def test_deterministic_follows_torch(place, monkeypatch):
         finally:
             torch.use_deterministic_algorithms(False)
     assert seen == [False, True, True, False]
+
+
+@pytest.mark.parametrize("words", [{"softcap": None}, {"dropout_p": None}, {"seed": "x"}, {"seed": -1}], ids=str)
+def test_bad_words_are_refused_without_a_gradient_too(words):
+    """Plain calls go straight to the library, which is not told of words that mean nothing to them."""
+    q = torch.zeros(1, 1, 4, 8)
+    with pytest.raises((TypeError, ValueError)):
+        fct.attention(q, q, q, **words)

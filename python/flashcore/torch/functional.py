@@ -68,7 +68,7 @@ def attention(
     raises NotImplementedError.
     """
     plain = mask is None and bias is None and alibi_slopes is None and sinks is None and seqused_k is None
-    plain = plain and window is None and not softcap and not dropout_p and kernel is None
+    plain = plain and window is None and softcap == 0 and dropout_p == 0 and seed is None and kernel is None
     plain = plain and q_descale is None and k_descale is None and v_descale is None
     plain = plain and not return_lse and out is None and lse is None
     if plain and k is not None and v is not None and _needs_nothing(q, k, v):

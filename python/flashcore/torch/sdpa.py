@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..device import device_count, device_info
+from ..options import Causal
 from .functional import attention
 from .ops import dense_rows
 
@@ -56,7 +57,7 @@ def scaled_dot_product_attention(
             raise TypeError(f"{_NAME}: {name} must be a tensor, got {type(tensor).__qualname__}")
     try:
         if attn_mask is None and dropout_p == 0 and _are_alike(query, key, value):
-            causal = is_causal if query.shape[2] == key.shape[2] else "top_left" if is_causal else False
+            causal: Causal = (query.shape[2] == key.shape[2] or "top_left") if is_causal else False
             q, k, v = dense_rows(query), dense_rows(key), dense_rows(value)
             return attention(q, k, v, causal=causal, scale=scale)  # type: ignore[return-value]
         return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
