@@ -16,6 +16,35 @@ Window = Optional[Sequence[Optional[int]]]
 
 LAYOUTS = {"bhsd": 0, "bshd": 1, "thd": 2}
 CAUSAL = {False: 0, True: 1, "top_left": 2, "bottom_right": 3}
+#: the arrays of a forward call behind q, k and v, in the order of `_core.forward`
+FORWARD_ARRAYS = (
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "sinks",
+    "q_descale",
+    "k_descale",
+    "v_descale",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_k",
+)
+#: those of a decode call behind q, in the order of `_core.decode`
+DECODE_ARRAYS = (
+    "cache_seqlens",
+    "block_table",
+    "k_new",
+    "v_new",
+    "rotary_cos",
+    "rotary_sin",
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "sinks",
+    "q_descale",
+    "k_descale",
+    "v_descale",
+)
 #: lse's dimensions, as places in q's shape
 ROW_ORDER = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "thd": (1, 0)}
 

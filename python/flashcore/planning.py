@@ -8,43 +8,16 @@ from . import _core
 from .attention import _bound, _unpack, finished, new_gradients, results
 from .device import Device, parse_device
 from .interop import Framework, classify, known, stream_handle
-from .options import convert
+from .options import DECODE_ARRAYS, FORWARD_ARRAYS, convert
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .options import AttentionKeywords
 
-_FORWARD_ARRAYS = (
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "sinks",
-    "q_descale",
-    "k_descale",
-    "v_descale",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_k",
-)
-_DECODE_ARRAYS = (
-    "cache_seqlens",
-    "block_table",
-    "k_new",
-    "v_new",
-    "rotary_cos",
-    "rotary_sin",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "sinks",
-    "q_descale",
-    "k_descale",
-    "v_descale",
-)
 _COTANGENTS = ("dout", "dlse")
 _GRADIENTS = ("dq", "dk", "dv")
-_NO_FORWARD_ARRAYS = (None,) * len(_FORWARD_ARRAYS)
+_NO_FORWARD_ARRAYS = (None,) * len(FORWARD_ARRAYS)
 _WORDS = {
     "layout": "bhsd",
     "window": None,
@@ -100,20 +73,20 @@ def _question(q: Any, k: Any, v: Any, keywords: dict[str, Any]) -> _Question:
     if keywords.get("dout") is not None:
         cotangents, given = _take(keywords, _COTANGENTS), _take(keywords, _GRADIENTS)
         bounds = _take_bounds(keywords)
-        arrays = (q, k, v, *_take(keywords, _FORWARD_ARRAYS))
+        arrays = (q, k, v, *_take(keywords, FORWARD_ARRAYS))
         _refuse_unknown(keywords)
         arguments = (arrays, outputs, cotangents, (*given, None, None), options, *bounds)
         return _Question(framework, "backward", words["layout"], False, arguments)
     with_lse = bool(keywords.pop("return_lse", False)) or outputs[1] is not None
     if decode:
-        arrays = (q, *_take(keywords, _DECODE_ARRAYS))
+        arrays = (q, *_take(keywords, DECODE_ARRAYS))
         interleaved = bool(keywords.pop("rotary_interleaved", False))
         arguments = (arrays, (k, v), interleaved, outputs, options, with_lse)
     else:
         if k is None:
             q, k, v = _unpack(framework, q, v, words["layout"])
         bounds = _take_bounds(keywords)
-        arguments = ((q, k, v, *_take(keywords, _FORWARD_ARRAYS)), outputs, options, *bounds, with_lse)
+        arguments = ((q, k, v, *_take(keywords, FORWARD_ARRAYS)), outputs, options, *bounds, with_lse)
     _refuse_unknown(keywords)
     return _Question(framework, "decode" if decode else "forward", words["layout"], with_lse, arguments)
 
@@ -208,7 +181,7 @@ class Plan:
         if out is None or self._with_lse:
             out, lse = results(framework, q, v, self._layout, self._with_lse, out, lse, handle)
         if self._phase == "decode":
-            arrays = (q, *_take(others, _DECODE_ARRAYS))
+            arrays = (q, *_take(others, DECODE_ARRAYS))
             interleaved = bool(others.pop("rotary_interleaved", False))
             _refuse_unknown(others)
             self._core.run_decode(framework.bridge, arrays, (k, v), interleaved, (out, lse), handle)
@@ -216,7 +189,7 @@ class Plan:
             arrays, bounds = (q, k, v, *_NO_FORWARD_ARRAYS), (-1, -1)
             if others:
                 bounds = _take_bounds(others)
-                arrays = (q, k, v, *_take(others, _FORWARD_ARRAYS))
+                arrays = (q, k, v, *_take(others, FORWARD_ARRAYS))
                 _refuse_unknown(others)
             self._core.run_forward(framework.bridge, arrays, (out, lse), *bounds, handle)
         return finished(framework, out, lse)
@@ -231,7 +204,7 @@ class Plan:
     ) -> tuple[Any, ...]:
         cotangents, given = _take(others, _COTANGENTS), _take(others, _GRADIENTS)
         bounds = _take_bounds(others)
-        arrays = (*inputs, *_take(others, _FORWARD_ARRAYS))
+        arrays = (*inputs, *_take(others, FORWARD_ARRAYS))
         _refuse_unknown(others)
         wanted = (True, True, True, arrays[4] is not None, arrays[6] is not None)
         grads = new_gradients(framework, arrays, (*given, None, None), wanted, handle)

@@ -12,46 +12,17 @@ from torch import Tensor
 
 from .. import _core
 from ..interop import Torch, classify, known
-from ..options import LAYOUTS, ROW_ORDER, Causal, Window, convert, window_sides, word
+from ..options import DECODE_ARRAYS, FORWARD_ARRAYS, LAYOUTS, ROW_ORDER, Causal, Window, convert, window_sides, word
 
 _CAUSAL: dict[Any, str] = {False: "none", True: "square", "top_left": "top_left", "bottom_right": "bottom_right"}
 _CAUSAL_OF = {name: causal for causal, name in _CAUSAL.items()}
 
 #: the arrays of a forward call, in the order of `_core.forward`
-TENSORS = (
-    "q",
-    "k",
-    "v",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "sinks",
-    "q_descale",
-    "k_descale",
-    "v_descale",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_k",
-)
+TENSORS = ("q", "k", "v", *FORWARD_ARRAYS)
 #: those of them that have a gradient: q, k, v, bias, sinks
 DIFFERENTIABLE = (0, 1, 2, 4, 6)
 #: the arrays of a decode call, in the order of `_core.decode`
-DECODE_TENSORS = (
-    "q",
-    "cache_seqlens",
-    "block_table",
-    "k_new",
-    "v_new",
-    "rotary_cos",
-    "rotary_sin",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "sinks",
-    "q_descale",
-    "k_descale",
-    "v_descale",
-)
+DECODE_TENSORS = ("q", *DECODE_ARRAYS)
 
 
 class Words(NamedTuple):

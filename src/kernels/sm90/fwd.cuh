@@ -690,7 +690,6 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
       }
     }
     if (!half) start(s);
-    // A single query buffer is wanted for the next tile as soon as its last product is done.
     softmax.moved = false;  // there is no output to rescale yet
     tile::pack_weights<Element>(s, p);
 

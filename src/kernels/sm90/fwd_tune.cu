@@ -67,9 +67,7 @@ detail::Plan plan_of(const TuneCall& call, const detail::Params& p) {
   detail::Plan plan;
   plan.device = {DeviceType::cuda, static_cast<int>(call.device)};
   plan.blocks = static_cast<int>(call.multiprocessors);
-  plan.slices[sm90::kTileCounter] = plan.workspace.add(sizeof(unsigned long long));
-  const std::int64_t flags = detail::spoilt_flags(false, p.size, detail::spoilt_flags_per_head(false, p.size));
-  plan.slices[sm90::kSpoiltFlags] = plan.workspace.add(static_cast<std::size_t>(flags));
+  sm90::plan_fwd_slices(false, p.size, plan);
   return plan;
 }
 

@@ -5,7 +5,6 @@
 #include <string_view>
 #include <vector>
 
-#include "../common/repair.h"
 #include "flashcore/device.h"
 #include "sm90.h"
 #include "tiles.h"
@@ -88,10 +87,7 @@ void plan_forward(const Problem& problem, const DeviceInfo& device, Plan& plan) 
   size.seqlen_q = s.seqlen_q;
   size.total_q = s.total_q;
   size.heads_q = static_cast<std::int32_t>(s.heads_q);
-  plan.slices[kTileCounter] = plan.workspace.add(sizeof(unsigned long long));
-  const bool packed = (features & detail::kVarlen) != 0;
-  const std::int64_t flags = detail::spoilt_flags(packed, size, detail::spoilt_flags_per_head(packed, size));
-  plan.slices[kSpoiltFlags] = plan.workspace.add(static_cast<std::size_t>(flags));
+  plan_fwd_slices((features & detail::kVarlen) != 0, size, plan);
 }
 
 template <int bucket>
