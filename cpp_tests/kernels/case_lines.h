@@ -21,6 +21,9 @@ inline constexpr const char* kCaseLines[] = {
     "fwd b2 q34 k9 h66/2 d32 causal_tl lse",  // many heads: rows that take taller tiles where these fill the device
     "fwd b2 q65 k66 h33/3 d64 causal_br lse",
     "fwd b2 q34 k9 h66/2 d128 lse",
+    "fwd b40 q5 k33 h8/2 d16 lse",  // short queries of many heads: rows that take the heads of a group together
+    "fwd b20 q1 k70 h16/2 d64 lse",
+    "fwd b1 q40 k70 h2/1 d192/128 causal_br lse",
     // positions
     "fwd b1 q40 k100 h2 d32 causal_tl lse",
     "fwd b2 q100 k40 h2/1 d64 causal_br lse",

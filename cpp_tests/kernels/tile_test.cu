@@ -159,17 +159,17 @@ TEST_F(CudaMaskTest, KeepsTheWindowAndNothingElse) {
 
 // ---- the order of tiles ---------------------------------------------------------------------------------------------
 
-__global__ void list_tiles(tile::TileOrder order, int* list) {
+__global__ void list_tiles(tile::TileOrder order, bool octaves, int* list) {
   for (int n = static_cast<int>(threadIdx.x); n < order.tiles; n += static_cast<int>(blockDim.x)) {
-    const tile::Tile tile = tile::tile_at(order, n);
+    const tile::Tile tile = octaves ? tile::tile_by_octaves(order, n) : tile::tile_at(order, n);
     list[2 * n] = tile.m_block;
     list[2 * n + 1] = tile.head;
   }
 }
 
-std::vector<int> tiles_of(const tile::TileOrder& order) {
+std::vector<int> tiles_of(const tile::TileOrder& order, bool octaves) {
   const Results<int> list(static_cast<std::size_t>(2 * order.tiles));
-  run_kernel(list_tiles, 1, 128, 0, order, list.data());
+  run_kernel(list_tiles, 1, 128, 0, order, octaves, list.data());
   return list.host();
 }
 
@@ -178,21 +178,22 @@ constexpr tile::TileOrder kOrders[] = {{1, 1, 1, 1},    {7, 5, 2, 35},   {4, 12,
                                        {3, 10, 10, 30}, {5, 6, 100, 30}, {1, 9, 4, 9}};
 
 TEST_F(CudaSchedulerTest, EveryTileComesOnce) {
-  for (const tile::TileOrder& order : kOrders) {
-    const std::vector<int> list = tiles_of(order);
-    std::vector<int> times(static_cast<std::size_t>(order.tiles), 0);
-    for (int n = 0; n < order.tiles; ++n) {
-      ASSERT_TRUE(list[2 * n] >= 0 && list[2 * n] < order.m_blocks) << "tile " << n;
-      ASSERT_TRUE(list[2 * n + 1] >= 0 && list[2 * n + 1] < order.heads) << "tile " << n;
-      ++times[static_cast<std::size_t>(list[2 * n + 1] * order.m_blocks + list[2 * n])];
+  for (const tile::TileOrder& order : kOrders)
+    for (const bool octaves : {false, true}) {
+      const std::vector<int> list = tiles_of(order, octaves);
+      std::vector<int> times(static_cast<std::size_t>(order.tiles), 0);
+      for (int n = 0; n < order.tiles; ++n) {
+        ASSERT_TRUE(list[2 * n] >= 0 && list[2 * n] < order.m_blocks) << "tile " << n;
+        ASSERT_TRUE(list[2 * n + 1] >= 0 && list[2 * n + 1] < order.heads) << "tile " << n;
+        ++times[static_cast<std::size_t>(list[2 * n + 1] * order.m_blocks + list[2 * n])];
+      }
+      EXPECT_EQ(times, std::vector<int>(times.size(), 1)) << order.m_blocks << " × " << order.heads << ", " << octaves;
     }
-    EXPECT_EQ(times, std::vector<int>(times.size(), 1)) << order.m_blocks << " × " << order.heads;
-  }
 }
 
 TEST_F(CudaSchedulerTest, InASectionTheLongestTilesComeFirst) {
   for (const tile::TileOrder& order : kOrders) {
-    const std::vector<int> list = tiles_of(order);
+    const std::vector<int> list = tiles_of(order, false);
     for (int n = 1; n < order.tiles; ++n) {
       const int section = list[2 * n + 1] / order.section_heads;
       const int section_before = list[2 * n - 1] / order.section_heads;
@@ -202,14 +203,24 @@ TEST_F(CudaSchedulerTest, InASectionTheLongestTilesComeFirst) {
   }
 }
 
+TEST_F(CudaSchedulerTest, TheLongerHalfOfAllHeadsComesFirst) {
+  for (const tile::TileOrder& order : kOrders) {
+    const std::vector<int> list = tiles_of(order, true);
+    int n = 0;
+    for (int rows = order.m_blocks; rows > 0; rows /= 2)
+      for (const int end = n + (rows - rows / 2) * order.heads; n < end; ++n)
+        EXPECT_TRUE(list[2 * n] >= rows / 2 && list[2 * n] < rows) << "tile " << n << " is of row " << list[2 * n];
+  }
+}
+
 /// As the forward's scheduling warp does: a block's first tile is its own number, the others are drawn.
-__global__ void draw_tiles(tile::TileCounter counter, int tiles, int* times_drawn) {
+__global__ void draw_tiles(tile::TileCounter counter, int tiles, int* times_drawn, int* last_blocks) {
   if (blockIdx.x == 0) {
     __nanosleep(20000);  // the others come before the counter is open
     counter.open(gridDim.x);
   }
   for (int index = blockIdx.x; index < tiles; index = counter.draw()) atomicAdd(&times_drawn[index], 1);
-  counter.leave(gridDim.x);
+  if (counter.leave(gridDim.x)) atomicAdd(last_blocks, 1);
 }
 
 /// Whatever lies in the counter's memory, and again with the same tag: so a captured launch is replayed.
@@ -220,8 +231,11 @@ TEST_F(CudaSchedulerTest, EveryTileIsDrawnOnce) {
     const tile::TileCounter counter{word.data(), 7};
     for (int launch = 1; launch <= 3; ++launch) {
       const DeviceArray times = to_device(std::vector<int>(static_cast<std::size_t>(tiles)), kGpu);
-      run_kernel(draw_tiles, kBlocks, 1, 0, counter, tiles, static_cast<int*>(times.data()));
+      const DeviceArray last = to_device(std::vector<int>(1), kGpu);
+      run_kernel(draw_tiles, kBlocks, 1, 0, counter, tiles, static_cast<int*>(times.data()),
+                 static_cast<int*>(last.data()));
       EXPECT_EQ(to_host<int>(times), std::vector<int>(static_cast<std::size_t>(tiles), 1)) << "launch " << launch;
+      EXPECT_EQ(to_host<int>(last)[0], 1) << "one block is the last";
       EXPECT_EQ(word.host()[0], 0u) << "the tag stays behind";
     }
   }

@@ -60,6 +60,14 @@ inline __device__ void wait_for_previous_kernel() {
 #endif
 }
 
+/// The next kernel on the stream may start once every block has come here or ended, if it was started early; what this
+/// one writes it sees after its wait_for_previous_kernel().
+inline __device__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /// `count` things, `each` per block.
 inline std::int64_t blocks_for(std::int64_t count, std::int64_t each) { return (count + each - 1) / each; }
 

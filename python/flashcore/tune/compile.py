@@ -25,7 +25,7 @@ from .space import Tile
 FOLDER = Path("src/kernels")
 ENTRY = FOLDER / "sm90/fwd_tune.cu"
 SHAPES = FOLDER / "ptx/wgmma_shapes.cuh"
-OTHERS = (FOLDER / "common/repair.cu", FOLDER / "common/tensor_map.cpp")
+OTHERS = (FOLDER / "common/tensor_map.cpp",)
 #: what the entry is made of
 SOURCES = ("include", "src/cuda", "src/kernels/common", "src/kernels/ptx", "src/kernels/sm90", "src/kernels/tile")
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
@@ -117,8 +117,8 @@ class Compiler:
 #include "tiles.h"
 int main() {{
   constexpr flashcore::sm90::FwdTile t = flashcore::sm90::fwd_tile({self.instance.bucket}, {general});
-  std::printf("[%d,%d,%d,%d,%d,%d,%d,%d,%d,%d]", t.block_m, t.block_n, t.stages, t.q_buffers, t.separate_out,
-              t.rescale_early, t.producer_registers, t.consumer_registers, t.growth, t.section_mib);
+  std::printf("[%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d]", t.block_m, t.block_n, t.stages, t.q_buffers, t.separate_out,
+              t.rescale_early, t.producer_registers, t.consumer_registers, t.growth, t.section_mib, t.octaves_from);
 }}
 """
         with tempfile.TemporaryDirectory() as folder:

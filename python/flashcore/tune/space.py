@@ -28,6 +28,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "producer_registers": (24, 32, 40, 48, 56),
     "growth": (0, 4, 8, 12),
     "section_mib": (8, 16, 32, 64),
+    "octaves_from": (0, 8, 16, 64),
 }
 
 
@@ -45,6 +46,7 @@ class Tile:
     consumer_registers: int
     growth: int = 8
     section_mib: int = 32
+    octaves_from: int = 0
 
     @property
     def consumers(self) -> int:
@@ -53,8 +55,8 @@ class Tile:
     def cpp(self, whole: bool = False) -> str:
         """The initialiser in C++, `whole` with the members that have defaults, too."""
         words = [str(value).lower() for value in asdict(self).values()]
-        default = (self.growth, self.section_mib) == (8, 32)
-        return ", ".join(words[:-2] if default and not whole else words)
+        default = (self.growth, self.section_mib, self.octaves_from) == (8, 32, 0)
+        return ", ".join(words[:-3] if default and not whole else words)
 
     def __str__(self) -> str:
         return f"{{{self.cpp()}}}"
@@ -85,7 +87,7 @@ class Space:
         """What is varied. The consumers' registers follow: they take what the producer leaves."""
         axes = AXES | {"block_n": tuple(n for n in self.widths if n % 16 == 0)}
         if self.kind == "full":  # its tiles are alike, and come in a fixed order
-            del axes["section_mib"]
+            del axes["section_mib"], axes["octaves_from"]
         return axes
 
     def shared_bytes(self, tile: Tile) -> int:

@@ -2,14 +2,16 @@
 //
 // A matrix product multiplies excluded keys with weight 0, and 0 · NaN is NaN: a NaN or Inf in the value of a key that
 // a mask or the causal rule excludes for some rows of a tile would reach them. The fast kernels therefore leave a flag
-// for each 16 rows of output that ended non-finite, and this kernel, queued behind them, recomputes those rows over the
-// keys that they see. Rows that really see a NaN keep it. Without flags it costs one short launch.
+// for each 16 rows of output that ended non-finite, and when all are done those rows are computed again over the keys
+// that they see: by the last block of the kernel itself (repair.cuh), or by a kernel behind it. Rows that really see a
+// NaN keep it.
 #pragma once
 
 #include <cstdint>
 
 #include "../numbers.h"
 #include "../params.h"
+#include "../semantics.h"
 
 namespace flashcore::detail {
 
@@ -19,7 +21,7 @@ inline constexpr int kSpoiltRows = 16;  // of one sequence and head, that share 
 inline std::int64_t spoilt_flags_per_head(bool packed, const SizeParams& size) {
   return packed ? size.total_q / kSpoiltRows + size.batch + 1 : (size.seqlen_q + kSpoiltRows - 1) / kSpoiltRows;
 }
-inline std::int64_t spoilt_flags(bool packed, const SizeParams& size, std::int64_t flags_per_head) {
+FLASHCORE_HD std::int64_t spoilt_flags(bool packed, const SizeParams& size, std::int64_t flags_per_head) {
   return flags_per_head * size.heads_q * (packed ? 1 : size.batch);
 }
 
@@ -30,8 +32,7 @@ FLASHCORE_HD std::int64_t spoilt_flag(bool packed, std::int64_t flags_per_head, 
   return (batch * heads_q + head) * flags_per_head + row / kSpoiltRows;
 }
 
-/// Queues the repair. Where sequences are packed, also clears the rows that no sequence owns (out 0, lse −inf).
-/// Flags of rows that do not exist may hold anything.
+/// Queues the repair, of sequences that are not packed.
 void repair_spoilt_rows(const Params& params, const std::uint8_t* spoilt, std::int64_t flags_per_head, Stream stream);
 
 }  // namespace flashcore::detail

@@ -11,6 +11,11 @@ namespace flashcore::ptx {
 inline constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ull;
 inline constexpr std::uint64_t kEvictLast = 0x14F0000000000000ull;
 
+/// prefetch.tensormap: the map will be needed soon.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 /// cp.async.bulk.tensor.4d, global to shared: completes its bytes (a full box, also where it is clipped and filled with
 /// zeros) on `barrier`.
 __device__ __forceinline__ void tma_load(std::uint32_t s_target, const CUtensorMap* map, std::uint32_t barrier, int c0,
@@ -32,6 +37,12 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, std::uint32_t 
 
 /// cp.async.bulk.commit_group
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/// cp.async.bulk.wait_group: at most kPending of the thread's groups are not done yet, their writes included.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 /// cp.async.bulk.wait_group.read: at most kPending of the thread's groups still read shared memory.
 template <int kPending>

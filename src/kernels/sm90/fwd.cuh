@@ -21,10 +21,9 @@
 
 #include <cstdint>
 
-#include "../common/repair.h"
+#include "../common/repair.cuh"
 #include "../params.h"
 #include "../ptx/barrier.cuh"
-#include "../ptx/global.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/warp.cuh"
 #include "../ptx/wgmma.cuh"
@@ -32,7 +31,7 @@
 #include "../tile/mask.cuh"
 #include "../tile/scheduler.cuh"
 #include "../tile/softmax.cuh"
-#include "../tile/vector.cuh"
+#include "../tile/store.cuh"
 #include "tiles.h"
 
 namespace flashcore::sm90 {
@@ -83,17 +82,22 @@ struct SharedPlan {
   static constexpr int kFullTile = kEmptyV + 8 * Traits::kStages;
   static constexpr int kEmptyTile = kFullTile + 8 * kTileSlots;
   static constexpr int kTiles = (kEmptyTile + 8 * kTileSlots + 15) / 16 * 16;
-  static constexpr int kBytes = kTiles + kWorkBytes * kTileSlots;
+  static constexpr int kLast = kTiles + kWorkBytes * kTileSlots;
+  static constexpr int kBytes = kLast + 16;
   static_assert(kBytes <= 232448, "more shared memory than a block can have on sm_90");
 };
 
 /// What the kernel needs beside the tensor maps.
 struct FwdArgs {
   tile::TileOrder order;      // where sequences differ, of the longest
-  tile::TileCounter counter;  // from which blocks draw tiles; none in even kernels, or if one round does
+  tile::TileCounter counter;  // of tiles and blocks that are done; none in even kernels
+  bool draws;                 // blocks draw tiles from the counter, else take every gridDim.x-th
+  bool octaves;               // tiles come by octaves of their length
   int last_tiles;             // where the last rounds begin: from there on no block holds tiles in store
+  int short_tile;             // key blocks of a tile, at most, behind which more may be held
   tile::KeyWindow window;
   std::uint8_t* spoilt;  // a flag per 16 rows, see common/repair.h; null in even kernels
+  unsigned* any_spoilt;  // holds the counter's tag if any flag is set
   int flags_per_head;
   int seqlen_q;
   int heads_q;
@@ -139,15 +143,27 @@ struct FwdWork {
   FwdLengths lengths;
 };
 
-/// Tile `index` where all sequences are alike.
-__device__ __forceinline__ FwdPlace even_place(const FwdArgs& args, int index) {
-  if (index >= args.order.tiles) return {-1, 0, 0, 0};
-  const tile::Tile tile = tile::tile_at(args.order, index);
+__device__ __forceinline__ FwdPlace place_of(const FwdArgs& args, const tile::Tile& tile) {
   const int batch = tile.head / args.heads_q;
   return {tile.m_block, tile.head - batch * args.heads_q, batch, 0};
 }
+
+/// Tile `index` where all sequences are alike.
+__device__ __forceinline__ FwdPlace even_place(const FwdArgs& args, int index) {
+  if (index >= args.order.tiles) return {-1, 0, 0, 0};
+  return place_of(args, tile::tile_at(args.order, index));
+}
 __device__ __forceinline__ FwdLengths even_lengths(const FwdArgs& args) {
   return {args.seqlen_q, args.window.seqlen_k, args.window.shift, 0};
+}
+
+/// In the order of uneven kernels.
+__device__ __forceinline__ tile::Tile ordered_tile(const FwdArgs& args, const tile::TileOrder& order, int index) {
+  return args.octaves ? tile::tile_by_octaves(order, index) : tile::tile_at(order, index);
+}
+__device__ __forceinline__ FwdWork ordered_work(const FwdArgs& args, int index) {
+  if (index >= args.order.tiles) return {{-1, 0, 0, 0}, {}};
+  return {place_of(args, ordered_tile(args, args.order, index)), even_lengths(args)};
 }
 
 /// Finds tiles where sequences differ, sequence by sequence, for rising indices. By all lanes of a warp.
@@ -180,8 +196,9 @@ struct SequenceWalk {
       const int blocks = of_found(m_blocks);
       batch += found;
       before += of_found(end) - blocks * args.heads_q;
-      const tile::Tile tile = tile::tile_at(
-          {blocks, args.heads_q, min(args.order.section_heads, args.heads_q), blocks * args.heads_q}, index - before);
+      const tile::Tile tile =
+          ordered_tile(args, {blocks, args.heads_q, min(args.order.section_heads, args.heads_q), blocks * args.heads_q},
+                       index - before);
       FwdLengths lengths{of_found(seqlen_q), of_found(static_cast<int>(s.seqlen_k)), 0,
                          of_found(static_cast<int>(s.k_begin))};
       if (!p.position.top_left) lengths.shift = lengths.seqlen_k - lengths.seqlen_q;
@@ -232,26 +249,30 @@ struct Ring {
   static __device__ __forceinline__ std::uint32_t empty_parity(int use) { return full_parity(use) ^ 1; }
 };
 
-/// One warp: finds the block's tiles and hands them on, as far ahead as there are slots, since a draw takes a
-/// microsecond. In the last rounds a tile is drawn when the one before is begun, no earlier: what a block holds in
-/// store, no other can take.
+/// One warp: finds the block's tiles and hands them on, behind short ones as far ahead as there are slots, since a draw
+/// takes a microsecond. Behind long ones and in the last rounds a tile is drawn when the one before is begun, no
+/// earlier: what a block holds in store, no other can take.
 template <class Traits>
 __device__ __forceinline__ void schedule(const FwdArgs& args, std::uint32_t s_base) {
   using Plan = SharedPlan<Traits>;
   using TileRing = Ring<kTileSlots>;
   const bool leads = threadIdx.x % 32 == 0;
   SequenceWalk<Traits::kBlockM> walk;
-  if (leads && args.counter.word && blockIdx.x == 0) args.counter.open(gridDim.x);
+  if (leads && blockIdx.x == 0) args.counter.open(gridDim.x);
+  bool ahead = false;
   for (int index = blockIdx.x, n = 0;; ++n) {
     const int slot = TileRing::stage(n);
     if (leads) {
       ptx::barrier_wait(s_base + Plan::kEmptyTile + 8 * slot, TileRing::empty_parity(n));
-      if (n > 1 && args.counter.word && index >= args.last_tiles)
+      if (n > 1 && args.draws && !ahead)
         ptx::barrier_wait(s_base + Plan::kEmptyTile + 8 * TileRing::stage(n - 2), TileRing::full_parity(n - 2));
-      if (n > 0) index = args.counter.word ? args.counter.draw() : index + gridDim.x;
+      if (n > 0) index = args.draws ? args.counter.draw() : index + gridDim.x;
     }
     index = __shfl_sync(tile::kAllLanes, index, 0);
-    const FwdWork work = args.sequences ? walk.find(args, index) : FwdWork{even_place(args, index), even_lengths(args)};
+    const FwdWork work = args.sequences ? walk.find(args, index) : ordered_work(args, index);
+    const BlockRange blocks =
+        key_blocks<Traits>(work.lengths.window(args), work.lengths.seqlen_q, work.place.m_block * Traits::kBlockM);
+    ahead = blocks.end - blocks.begin <= args.short_tile && index < args.last_tiles;
     if (leads) {
       const std::uint32_t s_slot = s_base + Plan::kTiles + kWorkBytes * slot;
       const FwdPlace& place = work.place;
@@ -262,7 +283,26 @@ __device__ __forceinline__ void schedule(const FwdArgs& args, std::uint32_t s_ba
     }
     if (work.place.m_block < 0) break;
   }
-  if (leads && args.counter.word) args.counter.leave(gridDim.x);
+}
+
+/// One warp, where sequences are packed: rows that no sequence owns become empty (out 0, lse −inf).
+template <class Element>
+__device__ __forceinline__ void clear_unowned_rows(const detail::Params& p) {
+  const detail::Sequence none{};
+  const auto clear = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin + threadIdx.x % 32; row < end; row += 32)
+      for (int head = 0; head < p.size.heads_q; ++head) {
+        Element* out = static_cast<Element*>(p.out.data) + detail::q_offset(p.out, none, head, row);
+        for (int d = 0; d < p.size.head_dim_v; ++d) detail::store(out[d], 0.0f);
+        if (p.lse.data) static_cast<float*>(p.lse.data)[detail::row_offset(p.lse, none, head, row)] = -INFINITY;
+      }
+  };
+  for (std::int64_t batch = blockIdx.x; batch < p.size.batch; batch += gridDim.x) {
+    const detail::Sequence s = detail::sequence_of(p, batch);
+    if (batch == 0) clear(0, s.q_begin);
+    clear(s.q_begin + s.seqlen_q,
+          batch + 1 < p.size.batch ? detail::sequence_of(p, batch + 1).q_begin : p.size.total_q);
+  }
 }
 
 /// Reading what the scheduling warp wrote: each time anew, since registers are dearer.
@@ -404,6 +444,7 @@ struct Consumer {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kFirstTurn = 1;  // named barriers kFirstTurn + consumer: whose turn to multiply it is
   static constexpr int kFirstOwn = 4;   // kFirstOwn + consumer: the warpgroup's own
+  static constexpr int kAll = 7;        // of all consumers
 
   const FwdArgs& args;
   std::uint32_t s_base;
@@ -561,43 +602,15 @@ struct Consumer {
     ptx::bulk_commit();
   }
 
-  /// From registers: the four threads of a quad exchange pairs of columns, so that each stores 16 bytes. Slower than
-  /// the copy engine, but no shared memory is taken from the next tile's queries.
+  /// From registers: slower than the copy engine, but no shared memory is taken from the next tile's queries.
   __device__ __forceinline__ void store_directly(const float (&o)[kHeadDim / 2], int row) const {
     const detail::TensorParams& out = args.params.out;
-    const int columns = args.params.size.head_dim_v;
     const FwdPlace place = this->place();
     const int seqlen_q = lengths().seqlen_q;
-    const int quad_lane = this->quad_lane();
     Element* const target = static_cast<Element*>(out.data) + (args.packed ? 0 : place.batch * out.batch) +
                             place.head * out.head + (place.q_begin + row) * out.seq;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 32; ++i) {
-      const int first = 32 * i + 8 * quad_lane;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        std::uint32_t x[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float* pair = &o[16 * i + 4 * c + 2 * r];
-          x[c] = ptx::pack<Element>(pair[0], pair[1]);
-        }
-        tile::quad_transpose(x, quad_lane);
-        Element* const to = target + 8 * r * out.seq + first;
-        const bool exists = row + 8 * r < seqlen_q;
-        ptx::store_if(exists && first + 8 <= columns, to, x);
-        if constexpr (kHeadDim <= 128) {
-#pragma unroll 1
-          for (int c = 0; c < columns % 8; ++c) {  // the last columns, where they are no multiple of 8
-            ptx::store_if(exists && first == columns / 8 * 8, to + c, static_cast<std::uint16_t>(x[0]));
-            x[0] = x[0] >> 16 | x[1] << 16;
-            x[1] = x[1] >> 16 | x[2] << 16;
-            x[2] = x[2] >> 16 | x[3] << 16;
-            x[3] >>= 16;
-          }
-        }
-      }
-    }
+    tile::store_rows<Element, kHeadDim <= 128>(o, target, 8 * out.seq, {row < seqlen_q, row + 8 < seqlen_q},
+                                               args.params.size.head_dim_v, quad_lane());
   }
 
   __device__ __forceinline__ void store_lse(const tile::OnlineSoftmax& softmax, int row) const {
@@ -615,8 +628,7 @@ struct Consumer {
     }
   }
 
-  /// Leaves word for the repair kernel (common/repair.h) whether excluded keys may have spoilt the warp's 16 rows. The
-  /// repair is a kernel of its own because its mere presence in this one, called or inlined, cost 8 %.
+  /// Leaves word for finish_block whether excluded keys may have spoilt the warp's 16 rows.
   __device__ __forceinline__ void flag_spoilt(const float (&o)[kHeadDim / 2]) const {
     if constexpr (Traits::kEven) return;
     // A sum is finite only if all its terms are. Should it overflow by itself, the rows are done again for nothing.
@@ -630,9 +642,25 @@ struct Consumer {
     const bool spoilt = !__all_sync(tile::kAllLanes, fabsf(sum) < INFINITY);
     const FwdPlace place = this->place();
     const int first = place.m_block * kBlockM + consumer * kRowsPerConsumer + warp() * 16;
-    if (lane() == 0 && first < lengths().seqlen_q)
+    if (lane() == 0 && first < lengths().seqlen_q) {
       args.spoilt[detail::spoilt_flag(args.packed, args.flags_per_head, args.heads_q, place.batch, place.head,
                                       place.q_begin, first)] = spoilt;
+      if (spoilt) *args.any_spoilt = args.counter.tag;
+    }
+  }
+
+  /// After the last tile. The last block of all does spoilt rows again: whatever the others wrote can be seen by now.
+  __device__ __forceinline__ void finish_block() const {
+    ptx::bulk_wait<0>();
+    __threadfence();
+    ptx::named_sync(kAll, Traits::kConsumers * kWarpgroup);
+    if (consumer == 0 && thread == 0) ptx::store_shared(s_base + Plan::kLast, args.counter.leave(gridDim.x), 0, 0, 0);
+    ptx::named_sync(kAll, Traits::kConsumers * kWarpgroup);
+    if (!__any_sync(tile::kAllLanes, ptx::load_shared_x4(s_base + Plan::kLast).x)) return;
+    __threadfence();
+    if (*static_cast<volatile unsigned*>(args.any_spoilt) == args.counter.tag)
+      detail::redo_spoilt_rows<Element, kHeadDim>(args.params, args.spoilt, args.flags_per_head, 4 * consumer + warp(),
+                                                  4 * Traits::kConsumers);
   }
 
   __device__ __forceinline__ void run_tile(const CUtensorMap* map_out);
@@ -773,6 +801,7 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
     const int warp = __shfl_sync(tile::kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && ptx::elect()) produce<Traits>(&map_q, &map_k, &map_v, args, s_base);
     if (!Traits::kEven && warp == 1) schedule<Traits>(args, s_base);
+    if (!Traits::kEven && warp == 2 && args.packed) clear_unowned_rows<typename Traits::Element>(args.params);
   } else {
     ptx::take_registers<Traits::kTile.consumer_registers>();
     Consumer<Traits> self{args, s_base, warpgroup - 1, static_cast<int>(threadIdx.x) % kWarpgroup};
@@ -790,7 +819,10 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
       __syncwarp();
       if (self.lane() == 0) release_tile<Traits>(s_base, n);
     }
-    ptx::bulk_wait_read<0>();  // shared memory must outlive the stores that read it
+    if constexpr (Traits::kEven)
+      ptx::bulk_wait_read<0>();  // shared memory must outlive the stores that read it
+    else
+      self.finish_block();
   }
 }
 

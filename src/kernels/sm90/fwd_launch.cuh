@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "../../cuda/check.h"
 #include "../../cuda/launch.cuh"
+#include "../common/grouped_heads.h"
 #include "../common/repair.h"
 #include "../common/tensor_map.h"
 #include "../kernel.h"
@@ -34,8 +36,9 @@ inline unsigned new_tag() {
 }
 
 template <class Traits>
-void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
+void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* workspace, Stream stream) {
   constexpr int kOutRows = 16;  // a warp's
+  const detail::Params& p = Traits::kEven ? detail::with_heads_as_rows(asked, Traits::kBlockM, plan.blocks) : asked;
   const detail::SizeParams& size = p.size;
   const detail::SequenceParams& sequence = p.sequence;
   const bool packed = sequence.cu_seqlens_q != nullptr;
@@ -62,11 +65,20 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   args.packed = packed;
   args.sequences = packed || sequence.seqused_k;
   const bool differ = tiles_differ(p.position) || args.sequences;
-  constexpr int kLastRounds = 4;
-  args.last_tiles = tiles - std::max(kLastRounds * plan.blocks, args.order.section_heads * m_blocks);
-  if (!Traits::kEven && differ && tiles > plan.blocks && tiles <= tile::TileCounter::kMost)
-    args.counter = {detail::slice<unsigned long long>(workspace, plan.slices[kTileCounter]), new_tag()};
+  args.draws = differ && tiles > plan.blocks && tiles <= tile::TileCounter::kMost;
   args.window = key_window(p);
+  constexpr int kOctavesFrom = Traits::kTile.octaves_from;
+  // The later the query, the longer its tile.
+  args.octaves = kOctavesFrom > 0 && m_blocks >= kOctavesFrom && args.window.right >= 0 && args.window.left < 0;
+  // In the last rounds no block holds tiles in store. Octaves leave the short ones for the end, but only those.
+  constexpr int kLastRounds = 4;
+  constexpr int kShortTile = 8;
+  args.last_tiles = tiles - kLastRounds * plan.blocks;
+  args.short_tile = kShortTile;
+  if (!args.octaves) {
+    args.last_tiles = std::min(args.last_tiles, tiles - args.order.section_heads * m_blocks);
+    args.short_tile = std::numeric_limits<int>::max();
+  }
   args.seqlen_q = static_cast<int>(size.seqlen_q);
   args.heads_q = size.heads_q;
   args.group = size.heads_q / size.heads_k;
@@ -80,6 +92,8 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   args.threshold = static_cast<float>(Traits::kTile.growth) / args.scale_log2;
   args.params = p;
   if (!Traits::kEven) {
+    args.counter = {detail::slice<unsigned long long>(workspace, plan.slices[kTileCounter]), new_tag()};
+    args.any_spoilt = detail::slice<unsigned>(workspace, plan.slices[kAnySpoilt]);
     args.spoilt = detail::slice<std::uint8_t>(workspace, plan.slices[kSpoiltFlags]);
     args.flags_per_head = static_cast<int>(detail::spoilt_flags_per_head(packed, size));
   }
@@ -95,7 +109,6 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& p, void* workspa
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   cuda::check(cudaLaunchKernelEx(&config, kernel, q.map, k.map, v.map, out.map, args), "launching sm90.fwd");
-  if (args.spoilt) repair_spoilt_rows(p, args.spoilt, args.flags_per_head, stream);
 }
 
 template <class Element, int kHeadDim>

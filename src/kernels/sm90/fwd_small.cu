@@ -14,13 +14,14 @@ namespace flashcore::sm90 {
 namespace {
 
 template <class Traits>
-void launch(const detail::Params& p, Stream stream) {
+void launch(const detail::Params& p, int parts, Stream stream) {
   const detail::SizeParams& size = p.size;
   const auto blocks_of = [](std::int64_t count, int each) { return static_cast<unsigned>((count + each - 1) / each); };
   SmallArgs args{};
   args.window = key_window(p);
   args.positional = tiles_differ(p.position);
   args.scale_log2 = static_cast<float>(p.score.scale) * tile::kLog2e;
+  args.threshold = kSmallGrowth / args.scale_log2;
   args.seqlen_q = static_cast<int>(size.seqlen_q);
   args.group = size.heads_q / size.heads_k;
   args.head_dim_v = size.head_dim_v;
@@ -29,7 +30,7 @@ void launch(const detail::Params& p, Stream stream) {
   args.sinks = p.sinks;
   args.params = p;
   const detail::TensorMap q =
-      make_tensor_map(p.q, p.dtype, {size.head_dim, size.seqlen_q, size.heads_q, size.batch}, Traits::kQueries);
+      make_tensor_map(p.q, p.dtype, {size.head_dim, size.seqlen_q, size.heads_q, size.batch}, kSmallQueries);
   const detail::TensorMap k =
       make_tensor_map(p.k, p.dtype, {size.head_dim, size.seqlen_k, size.heads_k, size.batch}, Traits::kKeys);
   const detail::TensorMap v =
@@ -44,15 +45,14 @@ void launch(const detail::Params& p, Stream stream) {
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    small_shared_bytes<Traits>(kSmallParts)),
               "reserving shared memory");
-  const unsigned parts = blocks_of(size.seqlen_k, Traits::kKeys);
   cudaLaunchAttribute early = {};  // its blocks may start while the stream's last kernel ends; they wait for it
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks_of(size.seqlen_q, Traits::kQueries), static_cast<unsigned>(size.heads_q),
+  config.gridDim = dim3(blocks_of(size.seqlen_q, kSmallQueries), static_cast<unsigned>(size.heads_q),
                         static_cast<unsigned>(size.batch));
-  config.blockDim = dim3(128 * parts);
-  config.dynamicSmemBytes = static_cast<std::size_t>(small_shared_bytes<Traits>(static_cast<int>(parts)));
+  config.blockDim = dim3(static_cast<unsigned>(128 * parts));
+  config.dynamicSmemBytes = static_cast<std::size_t>(small_shared_bytes<Traits>(parts));
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
@@ -62,14 +62,16 @@ void launch(const detail::Params& p, Stream stream) {
 template <class Element>
 void launch_bucket(const detail::Params& p, int parts, Stream stream) {
   const int head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
-  const int keys = small_keys_of_parts(head_dim, p.size.seqlen_k, parts);
+  const auto [keys, steps] = small_shape(head_dim, p.size.seqlen_k, parts);
   if (head_dim <= 64) {
-    if (keys == 32) return launch<SmallTraits<Element, 64, 32>>(p, stream);
-    if (keys == 64) return launch<SmallTraits<Element, 64, 64>>(p, stream);
-    return launch<SmallTraits<Element, 64, 128>>(p, stream);
+    if (keys == 32) return launch<SmallTraits<Element, 64, 32, 1>>(p, parts, stream);
+    if (keys == 64) return launch<SmallTraits<Element, 64, 64, 1>>(p, parts, stream);
+    if (steps == 1) return launch<SmallTraits<Element, 64, 128, 1>>(p, parts, stream);
+    return launch<SmallTraits<Element, 64, 128, 2>>(p, parts, stream);
   }
-  if (keys == 32) return launch<SmallTraits<Element, 128, 32>>(p, stream);
-  launch<SmallTraits<Element, 128, 64>>(p, stream);
+  if (keys == 32) return launch<SmallTraits<Element, 128, 32, 1>>(p, parts, stream);
+  if (steps == 1) return launch<SmallTraits<Element, 128, 64, 1>>(p, parts, stream);
+  launch<SmallTraits<Element, 128, 64, 2>>(p, parts, stream);
 }
 
 }  // namespace

@@ -7,10 +7,11 @@
 namespace flashcore::sm90 {
 
 /// Workspace slices of the forward kernel.
-enum FwdSlice { kTileCounter, kSpoiltFlags };
+enum FwdSlice { kTileCounter, kAnySpoilt, kSpoiltFlags };
 
 inline void plan_fwd_slices(bool packed, const detail::SizeParams& size, detail::Plan& plan) {
   plan.slices[kTileCounter] = plan.workspace.add(sizeof(unsigned long long));  // tile::TileCounter's word
+  plan.slices[kAnySpoilt] = plan.workspace.add(sizeof(unsigned));
   const std::int64_t flags = detail::spoilt_flags(packed, size, detail::spoilt_flags_per_head(packed, size));
   plan.slices[kSpoiltFlags] = plan.workspace.add(static_cast<std::size_t>(flags));
 }

@@ -22,6 +22,7 @@ struct FwdTile {
   int consumer_registers;
   int growth = 8;        // weights stay below 2^growth of the lazy maximum: room enough in float16; 0: exact maximum
   int section_mib = 32;  // of keys and values that causal tiles walk together, see section_heads
+  int octaves_from = 0;  // query blocks from which causal tiles come by octaves of their length; 0: never
 
   constexpr int consumers() const { return block_m / 64; }
   constexpr int threads() const { return 128 * (consumers() + 1); }
@@ -39,31 +40,41 @@ constexpr FwdTile fwd_tile(int head_dim, bool general) {
   // D128: own output staging and two query buffers gave 3–4 % over reusing them; wider key blocks lost 4–9 %.
   if (head_dim <= 128) return {128, 128, 2, 2, true, true, 40, 232};
   if (head_dim <= 192) return {128, general ? 96 : 112, 2, 1, false, true, 40, 232};
-  // D256: 80 keys are what shared memory holds beside 128 queries. Sections twice as large: causal S8192 0.93 to 0.97
-  // of FlashAttention-3, S16384 0.92 to 0.985; at D128 they lose (S2048 1.01 to 0.92), at D64 nothing changes.
-  if (general) return {128, 64, 2, 1, false, true, 40, 232, 8, 64};
-  return {128, 80, 2, 1, false, true, 40, 232, 8, 64};
+  // D256: 80 keys are what shared memory holds beside 128 queries. By octaves in sections of 32 MiB: causal S2048 0.97
+  // to 1.00 of FlashAttention-3, S8192 0.97 to 0.985. Short sequences lose by it (S512 1.01 to 0.88: keys are read from
+  // memory once for each octave), and so does D128 (S2048).
+  if (general) return {128, 64, 2, 1, false, true, 40, 232, 8, 32, 16};
+  return {128, 80, 2, 1, false, true, 40, 232, 8, 32, 16};
 }
 #endif
 
-/// The kernel for small problems: a block for so many queries of a head, their keys in up to so many parts, each for a
-/// warpgroup. Parts are as few as will do, since merging costs more than a longer part does (128 keys: 3.65 us in 2
-/// parts, 4.10 in 4; 256 keys: 5.11 in 2, 5.40 in 4).
+/// The kernel for small problems: a block for so many queries of a head; its keys in up to so many parts, each for a
+/// warpgroup, which takes up to so many steps.
 inline constexpr int kSmallQueries = 64;
-inline constexpr int kSmallParts = 4;
+inline constexpr int kSmallParts = 2;
+inline constexpr int kSmallSteps = 2;
+inline constexpr float kSmallGrowth = 8;  // as FwdTile::growth
 
-/// Keys of a part. Registers hold no more than 128 of them beside the output of bucket 64, 64 beside that of 128.
-constexpr int small_keys(int head_dim, long long seqlen_k) {
-  if (seqlen_k <= 32) return 32;
-  return seqlen_k <= 128 || head_dim > 64 ? 64 : 128;
-}
+struct SmallShape {
+  int keys;   // of a step: 32, 64 or 128; 0: no kernel is compiled for that
+  int steps;  // of a part
+};
 
-/// The same where the keys are to be in so many parts; 0 where no kernel is compiled for that.
-constexpr int small_keys_of_parts(int head_dim, long long seqlen_k, int parts) {
-  const int most = head_dim > 64 ? 64 : 128;
+/// Keys of the longest step: what registers hold twice, beside the output.
+constexpr int small_step(int head_dim) { return head_dim > 64 ? 64 : 128; }
+
+constexpr int small_most_keys(int head_dim) { return kSmallParts * kSmallSteps * small_step(head_dim); }
+
+/// So many keys in so many parts. A second step is for what no single one holds.
+constexpr SmallShape small_shape(int head_dim, long long seqlen_k, int parts) {
+  const int most = small_step(head_dim);
   for (int keys = 32; keys <= most; keys *= 2)
-    if ((seqlen_k + keys - 1) / keys == parts) return keys;
-  return 0;
+    if ((seqlen_k + keys - 1) / keys == parts) return {keys, 1};
+  const long long steps = (seqlen_k + most - 1) / most;
+  return {steps > parts && steps <= kSmallSteps * parts ? most : 0, kSmallSteps};
 }
+
+/// One part where one short step will do: merging two costs more.
+constexpr int small_parts(long long seqlen_k) { return seqlen_k <= 64 ? 1 : 2; }
 
 }  // namespace flashcore::sm90

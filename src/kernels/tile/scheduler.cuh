@@ -1,6 +1,7 @@
-// Which output tile comes when. Tiles are (query block, head of some batch). Heads are cut into sections whose keys and
-// values fit in the L2 cache together; inside a section the longest tiles come first. Blocks may draw them from a
-// counter.
+// Which output tile comes when. Tiles are (query block, head of some batch). Heads are cut into sections whose keys
+// and values fit in the L2 cache together; inside a section the longest tiles come first. Where lengths grow with the
+// query, rows may come by octaves of their length, so that the long tiles of all sections are done before the short
+// ones. Blocks may draw tiles from a counter.
 #pragma once
 
 namespace flashcore::tile {
@@ -22,10 +23,12 @@ struct TileCounter {
     atomicExch(word, static_cast<unsigned long long>(tag) << (kTileBits + kBlockBits) | static_cast<unsigned>(next));
   }
   __device__ __forceinline__ int draw() const { return static_cast<int>(add(1) & ((1u << kTileBits) - 1)); }
-  /// Once by each block, after its last draw.
-  __device__ __forceinline__ void leave(int blocks) const {
+  /// Once by each block, when it is done: whether it is the last.
+  __device__ __forceinline__ bool leave(int blocks) const {
     const unsigned long long left = add(1ull << kTileBits) >> kTileBits & ((1u << kBlockBits) - 1);
-    if (static_cast<int>(left) == blocks - 1) atomicExch(word, 0ull);
+    const bool last = static_cast<int>(left) == blocks - 1;
+    if (last) atomicExch(word, 0ull);
+    return last;
   }
 
  private:
@@ -58,6 +61,21 @@ __device__ __forceinline__ Tile tile_at(const TileOrder& order, int index) {
   const int heads = min(order.section_heads, order.heads - first_head);
   const int row = rest / heads;
   return {order.m_blocks - 1 - row, first_head + rest - row * heads};
+}
+
+/// The same, but first the longer half of all heads' rows, then the half of the rest, in sections of twice as many
+/// heads, since shorter rows see fewer keys, and so on.
+__device__ __forceinline__ Tile tile_by_octaves(TileOrder order, int index) {
+  int shorter = order.m_blocks / 2;  // rows that later octaves have
+  for (int tiles; index >= (tiles = (order.m_blocks - shorter) * order.heads); index -= tiles) {
+    order.m_blocks = shorter;
+    order.section_heads = min(2 * order.section_heads, order.heads);
+    shorter /= 2;
+  }
+  order.m_blocks -= shorter;
+  Tile tile = tile_at(order, index);
+  tile.m_block += shorter;
+  return tile;
 }
 
 }  // namespace flashcore::tile
