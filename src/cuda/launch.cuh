@@ -3,9 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "check.h"
+#include "flashcore/device.h"
 #include "flashcore/tensor.h"
 
 namespace flashcore::cuda {
@@ -29,11 +31,30 @@ void launch(const char* name, void (*kernel)(Formal...), std::int64_t blocks, in
 /// Whether the current device starts a kernel early, while the one before it on the stream ends.
 inline bool can_start_early() {
   int device = 0;
-  int major = 0;
   check(cudaGetDevice(&device), "reading the current device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "reading the compute capability");
-  return major >= 9;
+  return device_info({DeviceType::cuda, device}).compute_major >= 9;
 }
+
+/// Lets a kernel have `bytes` of dynamic shared memory, which CUDA wants to be told once for each device.
+template <class... Formal>
+class SharedMemory {
+ public:
+  constexpr SharedMemory(void (*kernel)(Formal...), int bytes) : kernel_(kernel), bytes_(bytes) {}
+
+  /// On the device of this number, which is the current one.
+  void reserve_on(int device) {
+    const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;  // of more devices: told each time
+    if (reserved_.load(std::memory_order_acquire) & bit) return;
+    check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_),
+          "reserving shared memory");
+    reserved_.fetch_or(bit, std::memory_order_release);
+  }
+
+ private:
+  void (*kernel_)(Formal...);
+  int bytes_;
+  std::atomic<std::uint64_t> reserved_{0};  // a bit for each device
+};
 
 /// The same as launch, for a kernel that goes on with what the one before it on the stream has written: it is started
 /// early where the device can do that, so it must begin with wait_for_previous_kernel().

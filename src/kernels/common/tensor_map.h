@@ -24,7 +24,7 @@ struct MapShape {
   std::int64_t batch;
 };
 
-/// Throws CudaError where the driver refuses. Costs about a microsecond of host time.
+/// Throws CudaError where the driver refuses. The driver is asked only for what this thread has not asked lately.
 TensorMap make_tensor_map(const TensorParams& tensor, DType dtype, const MapShape& shape, int box_rows);
 
 }  // namespace flashcore::detail

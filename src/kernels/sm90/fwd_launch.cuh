@@ -100,9 +100,8 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* wor
 
   constexpr int kSharedBytes = SharedPlan<Traits>::kBytes;
   const auto kernel = fwd<Traits>;
-  // Idempotent and cheap (no synchronisation); a cache would have to be kept per device.
-  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-              "reserving shared memory");
+  static cuda::SharedMemory shared(kernel, kSharedBytes);
+  shared.reserve_on(plan.device.index);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(std::min(plan.blocks, args.order.tiles)));
   config.blockDim = dim3(Traits::kTile.threads());
