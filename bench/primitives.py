@@ -1,12 +1,13 @@
 """Times vector_add and reduce beside torch, CuPy and NumPy: same values, one process, in turn.
 
-    python bench/primitives.py                                   # the cases below
+    python bench/primitives.py                                   # 64 and 256 MiB of each; --thorough: 1 GiB, too
     python bench/primitives.py "add fp16 33554432" "sum fp32 4096x4096 axis0"
     python bench/primitives.py --save bench/results/NAME.json --csv NAME.csv
 
 A case is an operation (add, sum, max, min, mean), a dtype (fp16, bf16, fp32, fp64), a shape, and the axis that is
 reduced; without one everything is. GB/s counts each byte that has to be read or written once. The share is that of a
 large copy within the same memory, measured in the same run: bytes read and bytes written both counted.
+scripts/update_primitives.py makes the table of docs/measuring.md from the saved file.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ from rich.progress import track
 OURS = "flashcore"
 OPERATIONS = ("add", "sum", "max", "min", "mean")
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+SIZES_MIB, THOROUGH_MIB = (64, 256), 1024
+NORMAL, THOROUGH = (20, 100, 10.0), (100, 1000, 60.0)
+#: elements that a sample of results is made of
+SAMPLED = 1 << 21
 EXAMPLE = '"add fp32 16777216" or "sum fp16 4096x4096 axis0"'
 SUMMARY = ("us_mean", "us_std", "us", "us_p95", "us_p99")
 COLUMNS = ("case", "contender", *SUMMARY, "gbs", "share_copy", "error")
@@ -61,6 +66,10 @@ class Case:
         if self.op == "add":
             return self.shape
         return () if self.axis is None else self.shape[: self.axis] + self.shape[self.axis + 1 :]
+
+    @property
+    def sums(self) -> bool:
+        return self.op in ("sum", "mean")
 
     @property
     def bytes(self) -> int:
@@ -93,8 +102,10 @@ def parse(line: str) -> Case:
     return Case(op, dtype, case.shape, int(axis[1]))
 
 
-def default_cases() -> Iterator[Case]:
-    for mib, dtype in itertools.product((64, 256, 1024), ("fp32", "fp16", "bf16")):
+def default_cases(thorough: bool = False) -> Iterator[Case]:
+    for mib, dtype in itertools.product(
+        (*SIZES_MIB, THOROUGH_MIB) if thorough else SIZES_MIB, ("fp32", "fp16", "bf16")
+    ):
         count = (mib << 20) // SIZES[dtype]
         yield Case("add", dtype, (count,))
         yield Case("sum", dtype, (count,))
@@ -165,39 +176,64 @@ def makers(stage: Stage) -> dict[str, Callable[[Case, list[Any], Stage], Call]]:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def exact(case: Case, inputs: list[Any]) -> Any:
+def sampled_places(case: Case) -> Any:
+    """Places of some results, among them the first and the last."""
+    results = math.prod(case.left)
+    each = 1 if case.op == "add" else math.prod(case.shape) // results
+    chosen = np.random.default_rng(0).integers(0, results, max(1, min(results, SAMPLED // each)))
+    return np.unique([0, *chosen, results - 1])
+
+
+def exact(case: Case, inputs: list[Any], places: Any) -> tuple[Any, Any]:
+    """The results at these places in float64, and what an error there is relative to: the size of what was added up,
+    else of the result. Inputs are given as the numbers that they repeat."""
     if case.op == "add":
-        return inputs[0] + inputs[1]
-    return getattr(np, case.op)(inputs[0], axis=case.axis)
+        first, second = (numbers[places % len(numbers)] for numbers in inputs)
+        return first + second, np.abs(first + second)
+    (numbers,) = inputs
+    count = math.prod(case.shape) // math.prod(case.left)
+    if case.axis is None:
+        return tuple(np.array([whole]) for whole in _of_repeated(case.op, numbers, count))
+    inside = math.prod(case.shape[case.axis + 1 :])
+    begin = places // inside * inside * count + places % inside
+    elements = numbers[(begin[:, None] + np.arange(count) * inside) % len(numbers)]
+    return tuple(getattr(np, case.op)(x, axis=1) for x in (elements, np.abs(elements) if case.sums else elements))
 
 
-def error_of(case: Case, result: Any, inputs: list[Any], truth: Any) -> float:
-    """The largest error against float64, relative to the size of what was summed up."""
-    size = np.abs(inputs[0]).sum(axis=case.axis) if case.op in ("sum", "mean") else np.abs(truth)
-    if case.op == "mean":
-        size = size * np.size(truth) / inputs[0].size
-    return float(np.max(np.abs(result - truth) / np.maximum(size, 1e-30)))
+def _of_repeated(op: str, numbers: Any, count: int) -> tuple[float, float]:
+    """The same of the first `count` of endlessly repeated numbers."""
+    if op in ("max", "min"):
+        extreme = getattr(np, op)(numbers[:count])
+        return extreme, extreme
+    times, rest = divmod(count, len(numbers))
+    totals = [times * x.sum() + x[:rest].sum() for x in (numbers, np.abs(numbers))]
+    return (totals[0], totals[1]) if op == "sum" else (totals[0] / count, totals[1] / count)
+
+
+def error_of(results: Any, truth: Any, size: Any) -> float:
+    """The largest error, relative to these sizes; NaN shows."""
+    return float(np.max(np.abs(results - truth) / np.maximum(np.abs(size), 1e-30)))
 
 
 def measure(case: Case, stage: Stage, plan: Plan) -> dict[str, Any]:
     """The result of one case. A contender that cannot do it is named among the failures."""
-    name = NAMES[case.dtype]
-    inputs = 2 if case.op == "add" else 1
+    name, maker = NAMES[case.dtype], stage.maker
+    numbers = [maker.numbers(name) for _ in range(2 if case.op == "add" else 1)]
     sets = [
-        [*(stage.maker.normal(case.shape, name) for _ in range(inputs)), stage.maker.empty(case.left, name)]
+        [*(maker.repeated(bits, case.shape, name) for bits in numbers), maker.empty(case.left, name)]
         for _ in range(stage.copies(case.bytes))
     ]
-    values = [decode(stage.maker.host(array), name) for array in sets[0][:-1]]
-    truth = exact(case, values)
+    places = sampled_places(case)
+    truth, size = exact(case, [decode(bits, name) for bits in numbers], places)
     entry: dict[str, Any] = {"case": case.line, "bytes": case.bytes, "results": {}, "failures": {}}
     contenders = []
     for who, make in makers(stage).items():
         try:
             with stage.current():
-                calls = [make(case, arrays, stage) for arrays in sets]
-                contenders.append(ready(who, calls, stage))
-            error = error_of(case, decode(stage.maker.host(sets[0][-1]), name), values, truth)
-            entry["results"][who] = {"error": error}
+                contender = ready(who, [make(case, arrays, stage) for arrays in sets], stage)
+            results = decode(maker.host(sets[0][-1]).ravel()[places], name)
+            entry["results"][who] = {"error": error_of(results, truth, size)}
+            contenders.append(contender)
         except Exception as reason:  # a contender that cannot do the case is no reason to stop
             entry["failures"][who] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
     with stage.current():
@@ -249,26 +285,35 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=EXAMPLE)
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:N"; default: the best there is')
-    parser.add_argument("--warm-up", type=int, default=20, help="rounds before those that count (20)")
-    parser.add_argument("--iterations", type=int, default=100, help="rounds that count (100)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="a case ends early after so long (10)")
+    parser.add_argument("--warm-up", type=int, help=f"rounds before those that count ({NORMAL[0]})")
+    parser.add_argument("--iterations", type=int, help=f"rounds that count ({NORMAL[1]})")
+    parser.add_argument("--seconds", type=float, help=f"a case ends early after so long ({NORMAL[2]:g})")
+    parser.add_argument(
+        "--thorough", action="store_true", help="{} + {} rounds, {:g} s, and more sizes".format(*THOROUGH)
+    )
     parser.add_argument("--caches", choices=CACHES, default="rotate", help="what a call finds in the GPU's L2 cache")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON, after every case")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write CSV")
     return parser.parse_args()
 
 
+def plan_of(given: argparse.Namespace) -> Plan:
+    usual = THOROUGH if given.thorough else NORMAL
+    asked = (given.warm_up, given.iterations, given.seconds)
+    return Plan(*(usual[i] if word is None else word for i, word in enumerate(asked)))
+
+
 def main() -> int:
     given = arguments()
     try:
-        cases = [parse(line) for line in given.cases] or list(default_cases())
+        cases = [parse(line) for line in given.cases] or list(default_cases(given.thorough))
         for path in filter(None, (given.save, given.csv)):
             check_writable(path)
         stage = Stage(given.device, caches=given.caches)
     except ValueError as wrong:
         print(f"primitives.py: {wrong}", file=sys.stderr)
         return 2
-    plan = Plan(given.warm_up, given.iterations, given.seconds)
+    plan = plan_of(given)
     data: dict[str, Any] = {"machine": provenance.machine(stage), "ceilings": {"copy_gbs": ceilings.copy_gbs(stage)}}
     data |= {"settings": {"caches": stage.caches, "warm_up": plan.warm_up, "rounds": plan.rounds}, "cases": []}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else report.WIDE)

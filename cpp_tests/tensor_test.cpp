@@ -136,6 +136,8 @@ TEST(FromDlpack, RefusesOtherDTypesAndListsThoseItKnows) {
   EXPECT_NE(message.find("uint8"), std::string::npos) << message;
   for (const char* known : {"float16", "bfloat16", "float32", "float64", "float8_e4m3", "int32", "int64", "boolean"})
     EXPECT_NE(message.find(known), std::string::npos) << message;
+  const std::string small = message_of<InvalidType>([] { detail::dtype_from_dlpack(12, 8, 1); });
+  EXPECT_NE(small.find("float8_e5m2 given"), std::string::npos) << small;
   EXPECT_THROW(detail::dtype_from_dlpack(2, 32, 4), InvalidType);  // vectors of four floats
   EXPECT_THROW(detail::dtype_from_dlpack(6, 1, 1), InvalidType);
   EXPECT_THROW(detail::dtype_from_dlpack(5, 64, 1), InvalidType);

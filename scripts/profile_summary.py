@@ -79,7 +79,7 @@ def describe(name: str, metrics: Metrics) -> Iterable[str]:
     yield name
     time = find(metrics, r"gpu__time_duration\.(sum|avg)")
     if time:
-        yield f"  time                    {seconds(time) * 1e6:.1f} µs under the profiler, at its fixed clocks"
+        yield f"  time                    {seconds(time) * 1e6:.1f} µs under the profiler, from cold caches"
     percents = {
         "tensor pipe": (
             r"sm__pipe_tensor_.*cycles_active\.avg\.pct_of_peak_sustained_(active|elapsed)",

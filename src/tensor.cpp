@@ -1,6 +1,8 @@
 // DType, Device and TensorView in words, and what DLPack calls them.
 #include "flashcore/tensor.h"
 
+#include <iterator>
+
 #include "flashcore/dlpack.h"
 #include "flashcore/error.h"
 
@@ -92,7 +94,12 @@ constexpr DLPackType kDLPackTypes[] = {
 /// "uint8", or the bare code where it has no common name.
 std::string dlpack_name(int code, int bits) {
   static constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  static constexpr const char* kSmallFloats[] = {
+      // their codes follow, and tell the bits
+      "float8_e3m4",     "float8_e4m3",    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
+      "float8_e5m2fnuz", "float8_e8m0fnu", "float6_e2m3fn",      "float6_e3m2fn", "float4_e2m1fn"};
   if (code >= 0 && code < 7) return kCodes[code] + std::to_string(bits);
+  if (code >= 7 && code < 7 + static_cast<int>(std::size(kSmallFloats))) return kSmallFloats[code - 7];
   return "DLPack type code " + std::to_string(code) + " of " + std::to_string(bits) + " bits";
 }
 

@@ -3,6 +3,7 @@
 import inspect
 from functools import partial
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -334,6 +335,53 @@ def test_the_cache_of_another_sequence(normal, place):
     close(out, expected(q, *held_keys((k_cache[index], v_cache[index]), 1), causal=True)[0], **EXACT)
 
 
+@pytest.mark.parametrize("indexed", [False, True], ids=["own cache", "cache of another"])
+@pytest.mark.parametrize("rotary", [False, True], ids=["no rotary", "rotary"])
+@pytest.mark.parametrize("words", CACHE_WORDS.values(), ids=CACHE_WORDS)
+def test_padding_in_front_of_the_keys(words, rotary, indexed, normal, place):
+    """Keys are written, and places counted for the rotary embedding, as if there were no padding."""
+    words = placed(words, place)
+    k_cache, v_cache = normal(2, 4, 12, 2, 8)
+    owner = torch.tensor([3, 1] if indexed else [0, 1], dtype=torch.int32, device=place)
+    if not indexed:
+        k_cache, v_cache = k_cache[:2], v_cache[:2]
+    held, padding = (torch.tensor(x, dtype=torch.int32, device=place) for x in ([7, 4], [2, 0]))
+    q, k, v = normal(2, 3, 4, 8), normal(2, 3, 2, 8), normal(2, 3, 2, 8)
+    given, q_turned, k_turned = {"cache_batch_idx": owner} if indexed else {}, q, k
+    if rotary:
+        angle = normal(12, 3)
+        cos, sin = angle.cos(), angle.sin()
+        given |= {"rotary_cos": cos, "rotary_sin": sin}
+        moving = "causal" in words or "window_size" in words
+        q_turned, k_turned = (rotated(x, held, cos, sin, True, m) for x, m in ((q, moving), (k, True)))
+    truth = k_cache.clone(), v_cache.clone()
+    for x, added in zip(truth, (k_turned, v), strict=True):
+        for b, start in enumerate(held):
+            x[owner[b], start : start + 3] = added[b]
+    seen = [[x[owner[b], padding[b] : held[b] + 3] for b in range(2)] for x in truth]
+
+    out, lse = fa.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=held, cache_leftpad=padding, return_softmax_lse=True, **given, **words
+    )
+    true_out, true_lse = expected(q_turned, *seen, **words)
+    close(out, true_out, **EXACT)
+    close(lse, true_lse, **EXACT)
+    for mine, true in zip((k_cache, v_cache), truth, strict=True):
+        close(mine, true, **EXACT)
+
+
+def test_padding_leaves_no_more_room_than_there_is(normal, cache, place):
+    if place != "cpu":
+        pytest.skip("values on a GPU are not read before the launch")
+    *caches, _ = cache
+    padding = torch.tensor([2, 2], dtype=torch.int32)
+    new = normal(2, 3, 2, 8)
+    with pytest.raises(ValueError, match="block_table"):
+        fa.flash_attn_with_kvcache(
+            normal(2, 3, 4, 8), *caches, new, new, cache_seqlens=10, cache_leftpad=padding, causal=True
+        )
+
+
 def test_a_cache_in_pages(normal, cache, place):
     k_cache, v_cache, held = cache
     table = torch.tensor([[5, 0, 2], [3, 1, 4]], dtype=torch.int32, device=place)
@@ -361,12 +409,23 @@ def refused(normal, match, error=ValueError, call=fa.flash_attn_with_kvcache, **
 def test_what_the_cache_call_refuses(normal, place):
     index = torch.zeros(1, dtype=torch.int32, device=place)
     new = {"k": normal(1, 1, 2, 8), "v": normal(1, 1, 2, 8)}
-    refused(normal, "cache_leftpad.*not supported", cache_leftpad=index)
+    refused(normal, "cache_leftpad and block_table given; only one", cache_leftpad=index, block_table=index[:, None])
+    refused(normal, "without a gap", k_cache=normal(1, 8, 2, 8)[:, :4].expand(2, 4, 2, 8), cache_leftpad=index)
     refused(normal, "go together", k=new["k"], cache_seqlens=1)
     refused(normal, "without cache_seqlens", **new)
     refused(normal, "rotary_cos given without k", rotary_cos=normal(4, 4), rotary_sin=normal(4, 4))
     refused(normal, "only one", cache_batch_idx=index, block_table=index[:, None])
     refused(normal, "no gradient", RuntimeError, q=normal(1, 1, 2, 8, grad=True))
+
+
+@pytest.mark.parametrize("name", fa.__all__)
+def test_arrays_that_are_no_tensors_are_refused(name):
+    call = getattr(fa, name)
+    x = np.zeros((2, 4, 2, 8), np.float32)
+    given = {n: x for n in ("q", "k", "v", "kv", "qkv", "k_cache", "v_cache") if n in SIGNATURES[name].split(", ")}
+    given |= {n: 2 for n in SIGNATURES[name].split(", ") if n.startswith(("cu_seqlens", "max_seqlen"))}
+    with pytest.raises(TypeError, match=r"k?q?k?v?(_cache)?: numpy\.ndarray given; .* takes torch tensors"):
+        call(**given)
 
 
 def test_wrongly_packed_tensors_are_refused(normal):

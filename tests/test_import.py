@@ -1,5 +1,6 @@
 """What `import flashcore` brings along, where it works, and what its names look like."""
 
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -128,16 +129,45 @@ def test_a_missing_gpu_is_explained(no_cuda):
         fc.device_info(0)
 
 
-@pytest.mark.parametrize("name", ["torch", "jax"])
-def test_differentiable_modules_say_what_they_need(name):
-    """Without the framework, importing its module is an ImportError that says how to get it."""
+def refused_import(before, module):
+    """What importing the module says after this preparation."""
     program = (
-        f"import sys; sys.modules['{name}'] = None\n"
+        f"{before}\n"
         "try:\n"
-        f"    import flashcore.{name}\n"
+        f"    import {module}\n"
         "except ImportError as error:\n"
-        f"    assert 'pip install {name}' in str(error), error\n"
+        "    print(error)\n"
         "else:\n"
         "    raise SystemExit('imported')"
     )
-    run(program)
+    return run(program)
+
+
+@pytest.mark.parametrize(
+    ("module", "needs"),
+    [("torch", "torch"), ("jax", "jax"), ("compat.flash_attn", "torch"), ("transformers", "torch")],
+)
+def test_modules_for_a_framework_say_what_they_need(module, needs):
+    told = refused_import(f"import sys; sys.modules['{needs}'] = None", f"flashcore.{module}")
+    assert f"flashcore.{module} needs" in told
+    assert f"pip install {needs}" in told
+
+
+@pytest.mark.parametrize(
+    ("module", "framework", "ageing", "told"),
+    [
+        ("torch", "torch", "import torch; del torch.library.register_vmap", "PyTorch 2.5 or newer, this is"),
+        (
+            "transformers",
+            "transformers",
+            "import transformers.masking_utils as m; m.sdpa_mask = lambda attention_mask: None",
+            "transformers 5.5 or newer, this is",
+        ),
+    ],
+)
+def test_frameworks_that_are_too_old_are_told_so(module, framework, ageing, told):
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
+    message = refused_import(ageing, f"flashcore.{module}")
+    assert f"flashcore.{module} needs {told}" in message
+    assert f"pip install -U {framework}" in message

@@ -64,17 +64,29 @@ def test_a_wrong_word_is_named_beside_a_line_that_parses(line, word, primitives)
 
 
 def test_every_default_case_reads_itself_again(primitives):
-    cases = list(primitives.default_cases())
+    cases = list(primitives.default_cases(thorough=True))
+    assert set(primitives.default_cases()) < set(cases)
     assert [primitives.parse(case.line) for case in cases] == cases
     assert min(case.bytes for case in cases) >= 64 << 20
 
 
-def test_the_error_of_an_exact_sum_is_none(primitives):
-    case = primitives.parse("sum fp64 4x5 axis0")
-    values = [np.arange(20.0).reshape(4, 5)]
-    truth = primitives.exact(case, values)
-    assert primitives.error_of(case, truth, values, truth) == 0
-    assert primitives.error_of(case, truth * 1.5, values, truth) == pytest.approx(0.5)
+@pytest.mark.parametrize(
+    "line",
+    ["add fp32 100", "sum fp32 1000", "mean fp32 20", "max fp32 30", "sum fp64 4x5 axis0", "mean fp32 7x9 axis1"]
+    + ["min fp16 3x4x5 axis1", "max bf16 50x60 axis1"],
+)
+def test_the_truth_is_that_of_repeated_numbers(line, primitives, rng):
+    case = primitives.parse(line)
+    numbers = [rng.standard_normal(size) for size in ((37, 41) if case.op == "add" else (37,))]
+    whole = [np.resize(each, case.shape) for each in numbers]
+    expected = whole[0] + whole[1] if case.op == "add" else getattr(np, case.op)(whole[0], axis=case.axis)
+    places = primitives.sampled_places(case)
+    assert {0, np.size(expected) - 1} <= set(places)
+    truth, size = primitives.exact(case, numbers, places)
+    assert truth == pytest.approx(np.ravel(expected)[places], rel=1e-12)
+    assert primitives.error_of(truth, truth, size) == 0
+    assert primitives.error_of(truth + size / 2, truth, size) == pytest.approx(0.5)
+    assert np.isnan(primitives.error_of(truth * np.nan, truth, size))
 
 
 def test_a_run_writes_json_and_csv(tmp_path):

@@ -508,7 +508,7 @@ def search_here(tmp_path, monkeypatch, capsys):
     def run_with(referee, *words):
         monkeypatch.setattr(cli_tune.compile, "Compiler", Compiler)
         monkeypatch.setattr(cli_tune, "GpuJudge", lambda *_: referee)
-        monkeypatch.setattr(cli_tune, "_hopper", lambda device: ("cuda:0", "imaginary"))
+        monkeypatch.setattr(cli_tune, "_hopper", lambda device: ("cuda:0", {"gpu": "imaginary"}))
         status = main(["tune", LINE, "--source", str(ROOT), "--jobs", "1", *words])
         told = capsys.readouterr()
         return status, told.out, told.err

@@ -1,6 +1,7 @@
 // What the measuring commands stand on: the device's clock, recorded work, and copies into and out of Arrays.
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <string>
 
 #include "array.h"
@@ -34,6 +35,23 @@ void copy_and_wait(void* target, const void* source, const Array& array, std::ui
 void copy_in(const Array& array, std::uintptr_t host, std::size_t bytes, std::uintptr_t stream) {
   check_bytes(array, bytes);
   copy_and_wait(array.view().data, reinterpret_cast<const void*>(host), array, stream);
+}
+
+/// What is in place already is copied behind itself: of a large array little comes from the host.
+void repeat_in(const Array& array, std::uintptr_t host, std::size_t bytes, std::uintptr_t stream) {
+  const std::size_t total = bytes_of(array);
+  if (bytes == 0 && total > 0) throw InvalidArgument("an array cannot be filled from no memory");
+  const Device device = array.view().device;
+  const auto queue = reinterpret_cast<Stream>(stream);
+  auto* first = static_cast<char*>(array.view().data);
+  nb::gil_scoped_release release;
+  std::size_t filled = std::min(bytes, total);
+  copy_memory(first, reinterpret_cast<const void*>(host), filled, device, queue);
+  for (std::size_t more; filled < total; filled += more) {
+    more = std::min(filled, total - filled);
+    copy_memory(first + filled, first, more, device, queue);
+  }
+  synchronize(device, queue);
 }
 
 void copy_out(const Array& array, std::uintptr_t host, std::size_t bytes, std::uintptr_t stream) {
@@ -73,6 +91,8 @@ void bind_stopwatch(nb::module_& m) {
           nb::arg("work"), nb::keep_alive<0, 1>());
   m.def("copy_in", &copy_in, nb::arg("array"), nb::arg("host"), nb::arg("bytes"), nb::arg("stream"),
         "Fills an Array from the host memory at this address.");
+  m.def("repeat_in", &repeat_in, nb::arg("array"), nb::arg("host"), nb::arg("bytes"), nb::arg("stream"),
+        "Fills an Array with the host memory at this address, over and over.");
   m.def("copy_out", &copy_out, nb::arg("array"), nb::arg("host"), nb::arg("bytes"), nb::arg("stream"),
         "Copies an Array to the host memory at this address.");
   m.def("copy_within", &copy_within, nb::arg("target"), nb::arg("source"), nb::arg("stream"),

@@ -69,11 +69,20 @@ class Maker:
 
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Normal numbers; those of the next array begin elsewhere in the pool."""
+        return self.repeated(self.numbers(dtype), shape, dtype)
+
+    def numbers(self, dtype: str) -> Any:
+        """The bits of as many normal numbers as there are before they repeat; each time they begin elsewhere."""
         if dtype not in self._encoded:
             self._encoded[dtype] = encode(self._pool, dtype)
-        bits, count = self._encoded[dtype], int(np.prod(shape))
         self._taken = (self._taken + 7919) % (POOL // 2)
-        return self.of(np.resize(bits[self._taken :], count).reshape(shape), dtype)
+        return self._encoded[dtype][self._taken :]
+
+    def repeated(self, bits: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """An array that is filled with these bits over and over."""
+        array = self.empty(shape, dtype)
+        _core.repeat_in(array, bits.ctypes.data, bits.nbytes, self.stream)
+        return array
 
     def host(self, array: Any) -> Any:
         """An array's bits in host memory, once all that is queued is done."""

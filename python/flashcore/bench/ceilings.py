@@ -17,7 +17,7 @@ SECONDS = 0.3
 TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
-def _median_seconds(stage: Stage, call: Callable[[], Any]) -> float:
+def _sampled_seconds(stage: Stage, call: Callable[[], Any]) -> list[float]:
     def queue(repeats: int) -> None:
         for _ in range(repeats):
             call()
@@ -27,11 +27,14 @@ def _median_seconds(stage: Stage, call: Callable[[], Any]) -> float:
     end = time.perf_counter() + SECONDS
     while len(times) < 3 or time.perf_counter() < end:
         times.append(stage.clock(queue, 2) / 2)
-    return float(np.median(times))
+    return times
 
 
 def matmul_tflops(stage: Stage, dtype: str) -> Optional[float]:
-    """TFLOP/s of a square product in `dtype` by torch (on the CPU also by NumPy); None where none can do it."""
+    """TFLOP/s of a square product in `dtype` by torch (on the CPU also by NumPy); None where none can do it.
+
+    The quickest sample counts: a ceiling is what can be reached, and a GPU that only multiplies may lower its clocks.
+    """
     size = GPU_MATRIX if stage.cuda else CPU_MATRIX
     if stage.torch and dtype in TORCH_NAMES:
         kind = getattr(stage.torch, TORCH_NAMES[dtype])
@@ -49,7 +52,7 @@ def matmul_tflops(stage: Stage, dtype: str) -> Optional[float]:
             return np.matmul(x, y, out=product)
     else:
         return None
-    return 2 * size**3 / _median_seconds(stage, call) / 1e12
+    return 2 * size**3 / min(_sampled_seconds(stage, call)) / 1e12
 
 
 def copy_gbs(stage: Stage) -> float:
@@ -59,8 +62,8 @@ def copy_gbs(stage: Stage) -> float:
     if not stage.cuda:  # memory that was never written is not there yet
         for array in (source, target):
             np.from_dlpack(array)[:] = False
-    seconds = _median_seconds(stage, lambda: _core.copy_within(target, source, stage.stream or 0))
-    return 2 * size / seconds / 1e9
+    times = _sampled_seconds(stage, lambda: _core.copy_within(target, source, stage.stream or 0))
+    return 2 * size / float(np.median(times)) / 1e9
 
 
 def measure(stage: Stage, dtypes: list[str]) -> dict[str, Any]:

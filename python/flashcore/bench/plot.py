@@ -11,6 +11,8 @@ from .report import number
 from .results import OURS, Data
 
 FORMATS = (".png", ".svg")
+FEW = 10
+MARKERS = {"fwd": "o", "bwd": "s", "decode": "^"}
 PHASES = {"fwd": "forward", "bwd": "backward", "decode": "decode"}
 
 
@@ -125,40 +127,51 @@ def climb(entry: Data, path: Path) -> None:
 
 
 def roofline(data: Data, path: Path) -> None:
-    """Speed over arithmetic intensity under the measured ceilings: what a case could reach, and what it does."""
+    """Speed over arithmetic intensity under the measured ceilings: what a case could reach, and what it does. A few
+    cases are told apart by colour, many by their dtypes."""
     ceilings = data.get("ceilings")
     if not ceilings or not ceilings["matmul_tflops"]:
         raise ValueError(f"{path}: a roofline needs measured ceilings, which this result has not (they need torch)")
     entries = [(parse(entry["line"]), entry) for entry in data["cases"] if OURS in entry["results"]]
     if not entries:
         raise ValueError(f"{path}: there is nothing to draw: no case was timed")
-    figure = _figure(8.5, 5.2)
+    figure = _figure(8.5, 5.6)
     axis = figure.subplots()
-    intensities = [case.flops / case.bytes for case, _ in entries]
-    bandwidth = ceilings["copy_gbs"] / 1e3  # TB/s: TFLOP/s for each operation a byte
-    low, high = min(*intensities, 1.0) / 2, max(*intensities, max(ceilings["matmul_tflops"].values()) / bandwidth) * 2
-    for index, (dtype, top) in enumerate(ceilings["matmul_tflops"].items()):
-        knee = top / bandwidth
-        label = f"{dtype} matmul {top:.3g} TFLOP/s, copy {ceilings['copy_gbs']:.4g} GB/s"
-        axis.plot([low, knee, high], [low * bandwidth, top, top], color=f"C{index}", linewidth=1.8, label=label)
-    for case, (intensity, (_, entry)) in zip(
-        [c for c, _ in entries], zip(intensities, entries, strict=True), strict=True
-    ):
-        colour = (
-            f"C{list(ceilings['matmul_tflops']).index(case.dtype)}" if case.dtype in ceilings["matmul_tflops"] else "k"
-        )
-        marker = {"fwd": "o", "bwd": "s", "decode": "^"}[case.phase]
+    colours = _draw_roofs(axis, ceilings, [case.flops / case.bytes for case, _ in entries])
+    few = len(entries) <= FEW
+    for index, (case, entry) in enumerate(entries):
         speed = entry["results"][OURS]["tflops"]
-        axis.plot(intensity, speed, marker, color=colour, markersize=7, markeredgecolor="k", markeredgewidth=0.5)
-        if len(entries) <= 12:
-            text = case.line.split(" ", 2)[2]
-            axis.annotate(text, (intensity, speed), xytext=(5, -9), textcoords="offset points", fontsize=7)
+        colour = f"C{index}" if few else colours.get(case.dtype, "k")
+        axis.plot(
+            case.flops / case.bytes,
+            speed,
+            MARKERS[case.phase],
+            color=colour,
+            markersize=7,
+            markeredgecolor="k",
+            markeredgewidth=0.5,
+            label=f"{case.line}: {speed:.3g} TFLOP/s" if few else None,
+        )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("operations for each byte that has to be moved")
     axis.set_ylabel("TFLOP/s")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     device = data.get("machine", {}).get("gpu") or data.get("machine", {}).get("processor", "")
     axis.set_title(f"{device}: ○ forward, □ backward, △ decode", fontsize=10)
     _save(figure, path)
+
+
+def _draw_roofs(axis: Any, ceilings: Data, intensities: list[float]) -> dict[str, str]:
+    """The colour of each dtype's roof: grey ones, so that the cases stand out."""
+    bandwidth = ceilings["copy_gbs"] / 1e3  # TB/s: TFLOP/s for each operation a byte
+    tops = ceilings["matmul_tflops"]
+    low, high = min(*intensities, max(tops.values()) / bandwidth / 10) / 2, max(*intensities, 1.0) * 3
+    colours = dict(zip(tops, ("0.2", "0.5", "0.7", "0.8"), strict=False))
+    for dtype, top in tops.items():
+        knee = top / bandwidth
+        label = f"{dtype} matmul {top:.3g} TFLOP/s, copy {ceilings['copy_gbs']:.4g} GB/s"
+        roof = [low * bandwidth, top, top]
+        axis.plot([low, knee, max(high, knee * 3)], roof, color=colours[dtype], linewidth=1.8, label=label)
+    return colours

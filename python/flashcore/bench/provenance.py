@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, device_info
 
 FLAGS = tuple(
     "avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_fp16 "
@@ -100,15 +100,19 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+def gpu(index: int) -> dict[str, Any]:
+    info = device_info(index)
+    facts = {"gpu": info.name, "compute_capability": "{}.{}".format(*info.compute_capability)}
+    facts |= {"multiprocessors": info.multiprocessors, "l2_bytes": info.l2_bytes, "memory_bytes": info.memory_bytes}
+    facts |= _ask_gpu(index, GPU_FACTS)
+    return facts | {"cuda": f"{info.runtime_version // 1000}.{info.runtime_version % 1000 // 10}"}
+
+
 def machine(stage: Any) -> dict[str, Any]:
     """The device and the software of a run."""
     facts: dict[str, Any] = {"device": stage.device}
     if stage.cuda:
-        info = stage.info
-        facts |= {"gpu": info.name, "compute_capability": "{}.{}".format(*info.compute_capability)}
-        facts |= {"multiprocessors": info.multiprocessors, "l2_bytes": info.l2_bytes, "memory_bytes": info.memory_bytes}
-        facts |= _ask_gpu(stage.index, GPU_FACTS)
-        facts["cuda"] = f"{info.runtime_version // 1000}.{info.runtime_version % 1000 // 10}"
+        facts |= gpu(stage.index)
         if stage.torch:
             facts |= {"torch_cuda": stage.torch.version.cuda, "cudnn": stage.torch.backends.cudnn.version()}
     else:

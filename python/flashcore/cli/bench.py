@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..bench import cases, ceilings, compare, ladder, peers, plot, provenance, report, results
+from ..bench import arrays, calls, cases, ceilings, compare, ladder, peers, plot, provenance, report, results
 from ..bench.run import Settings, kernels_of, measure
 from ..bench.stage import CACHES, CLOCKS, Stage
 from ..bench.timing import SAMPLE_SECONDS, Plan
@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="print the names and the lines that they stand for")
     what.add_argument("--ladder", action="store_true", help="the climb from the scalar kernel to the chosen one")
     what.add_argument("--kernel", action="append", default=[], help="also this kernel by its name; may be repeated")
+    what.add_argument("--once", action="store_true", help="only call each case, a single time: for a profiler")
     what.add_argument("--peers", metavar="NAMES", help="other libraries, by commas: " + _peer_names())
     what.add_argument("--peer-file", type=Path, help="a Python file with a dict PEERS of more of them")
     what.add_argument("--device", help='"cpu", "cuda" or "cuda:N"; default: the best there is')
@@ -74,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if arguments.list:
         return _list(console, arguments.device)
+    if arguments.once:
+        return _once(console, arguments)
     _check(arguments)
     old = results.load(arguments.compare) if arguments.compare else None
     if arguments.load:
@@ -93,6 +96,17 @@ def _list(console: Console, device: Any) -> int:
         console.print(f"{name}:", style="bold")
         for line in lines:
             console.print(f"  {line}", markup=False)
+    return 0
+
+
+def _once(console: Console, arguments: argparse.Namespace) -> int:
+    """As attention_bench --once: no other library, and no kernels of anyone but flashcore."""
+    stage = Stage(arguments.device, with_torch=False)
+    for line in cases.lines_of(arguments.cases or ["mission"], stage.kind):
+        case = cases.parse(line)
+        calls.ours(case, arrays.make(case, stage.maker, results=True), stage.stream)()
+        stage.wait()
+        console.print(f"{line}  {kernels_of(line, stage.device)[0]}", markup=False, soft_wrap=True)
     return 0
 
 

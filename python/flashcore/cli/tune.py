@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import device_info, load_tuned
 from .._core import no_device_reason
-from ..bench import cases, report, results
+from ..bench import cases, provenance, report, results
 from ..bench.stage import Stage
 from ..device import parse_device
 from ..tune import compile, files, rows
@@ -135,12 +135,13 @@ def _search(console: Console, arguments: argparse.Namespace) -> int:
     if arguments.save:
         results.check_writable(arguments.save)
     source = compile.find_source(arguments.source)
-    device, name = _hopper(arguments.device)
+    device, machine = _hopper(arguments.device)
+    name = machine["gpu"]
     compiler = compile.Compiler(source, instance, arguments.cache or compile.default_cache())
     space = Space(instance.bucket, instance.kind, compile.widths_of(source))
     incumbent = compiler.incumbent()
     identity = {"instance": str(instance), "lines": lines, "device": name, "sources": compiler.digest}
-    identity["incumbent"] = asdict(incumbent)
+    identity |= {"incumbent": asdict(incumbent), "machine": machine}
     state = State(identity, arguments.seed, arguments.population, ELITES, arguments.save)
     resumed = state.resume()
     console.print(f"{instance}: the tile of tiles.h is {incumbent}, on {device} ({name})", markup=False, soft_wrap=True)
@@ -166,8 +167,8 @@ def _search(console: Console, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _hopper(device: Any) -> tuple[str, str]:
-    """The GPU that tiles are timed on, and its name. Raises ValueError where it is none of compute capability 9.0."""
+def _hopper(device: Any) -> tuple[str, Data]:
+    """The GPU that tiles are timed on, and what is told of it. Raises ValueError where its capability is not 9.0."""
     needed = "tiles are those of the Hopper kernel, timed on a GPU of compute capability 9.0"
     cuda, index = parse_device(device)
     if not cuda:
@@ -176,7 +177,7 @@ def _hopper(device: Any) -> tuple[str, str]:
     info = device_info(index)
     if info.compute_capability[0] != 9:
         raise ValueError(f"{needed}: cuda:{index} ({info.name}) has {'{}.{}'.format(*info.compute_capability)}")
-    return f"cuda:{index}", info.name
+    return f"cuda:{index}", provenance.gpu(index) | provenance.provenance()
 
 
 def _run(

@@ -286,39 +286,37 @@ def flash_attn_with_kvcache(
         a window, else at cache_seqlens. They go with k and v.
       cache_seqlens: int, or int32 (batch): keys in the cache before this call. Default: all of it.
       cache_batch_idx: int32 (batch): sequence b's cache is k_cache[cache_batch_idx[b]].
-      cache_leftpad: not supported: ValueError.
+      cache_leftpad: int32 (batch): the first keys of each cache, so many, are padding. Not with a block_table.
       block_table: int32 (batch, max_pages): page p of sequence b is k_cache[block_table[b, p]].
       rotary_interleaved: pairs neighbours; False pairs halves.
       num_splits: taken and not needed: the number of splits is chosen by the library.
 
     Returns out like q, with return_softmax_lse (out, lse) with lse float32 (batch, heads_q, seqlen_q).
     """
+    _require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     _refuse_gradients("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
-    if cache_leftpad is not None:
-        raise ValueError("cache_leftpad given; it is not supported: left-align the cache, or use a block_table")
-    if (k is None) != (v is None):
-        raise ValueError("one of k and v given; new keys and new values go together")
-    if (rotary_cos is None) != (rotary_sin is None):
-        raise ValueError("one of rotary_cos and rotary_sin given; they go together")
-    if k is None and rotary_cos is not None:
-        raise ValueError("rotary_cos given without k and v; the rotary embedding goes with new keys")
-    if k is not None and cache_seqlens is None:
-        raise ValueError("k and v given without cache_seqlens, which says where in the cache they go")
-    if cache_batch_idx is not None:
-        if block_table is not None:
-            raise ValueError("cache_batch_idx and block_table given; only one of them can say whose cache is whose")
-        block_table = cache_batch_idx.to(torch.int32)[:, None]  # one page for each sequence
+    _check_cache_words(k, v, rotary_cos, rotary_sin, cache_seqlens)
+    if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
+        other = "cache_batch_idx" if cache_batch_idx is not None else "cache_leftpad"
+        raise ValueError(f"{other} and block_table given; only one of them can say whose cache is whose")
 
     batch, seqlen_q = q.shape[:2]
     if not isinstance(cache_seqlens, Tensor):
         pages = 1 if block_table is None else block_table.shape[1]
         length = pages * k_cache.shape[1] if cache_seqlens is None else cache_seqlens
         cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=q.device)
+    held = cache_seqlens
+    if cache_leftpad is not None:
+        k_cache, v_cache, block_table = _pages_of_keys(k_cache, v_cache, cache_leftpad, cache_batch_idx)
+        held = cache_seqlens - cache_leftpad
+    elif cache_batch_idx is not None:
+        block_table = cache_batch_idx.to(torch.int32)[:, None]  # one page for each sequence
 
     words = _words(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if k is not None and rotary_cos is not None and rotary_sin is not None:
         moving = bool(causal) or words["window"] is not None
-        if not (k.shape[1] == seqlen_q and (moving or seqlen_q == 1)):  # else the library's own rule is the same
+        same_rule = k.shape[1] == seqlen_q and (moving or seqlen_q == 1)  # as the library's own
+        if cache_leftpad is not None or not same_rule:
             q = _rotate(q, cache_seqlens, moving, rotary_cos, rotary_sin, rotary_interleaved)
             k = _rotate(k, cache_seqlens, True, rotary_cos, rotary_sin, rotary_interleaved)
             rotary_cos = rotary_sin = None
@@ -326,7 +324,7 @@ def flash_attn_with_kvcache(
         _dense_rows(q),
         k_cache,
         v_cache,
-        cache_seqlens,
+        held,
         block_table,
         k_new=None if k is None else _dense_rows(k),
         v_new=None if v is None else _dense_rows(v),
@@ -360,9 +358,41 @@ def _words(
     }
 
 
+def _check_cache_words(
+    k: Optional[Tensor],
+    v: Optional[Tensor],
+    rotary_cos: Optional[Tensor],
+    rotary_sin: Optional[Tensor],
+    cache_seqlens: Optional[Union[int, Tensor]],
+) -> None:
+    if (k is None) != (v is None):
+        raise ValueError("one of k and v given; new keys and new values go together")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("one of rotary_cos and rotary_sin given; they go together")
+    if k is None and rotary_cos is not None:
+        raise ValueError("rotary_cos given without k and v; the rotary embedding goes with new keys")
+    if k is not None and cache_seqlens is None:
+        raise ValueError("k and v given without cache_seqlens, which says where in the cache they go")
+
+
+def _pages_of_keys(
+    k_cache: Tensor, v_cache: Tensor, padding: Tensor, batch_idx: Optional[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The caches as pages of one key each, and the table of those behind the padding."""
+    capacity = k_cache.shape[1]
+    owner = torch.arange(len(padding), device=padding.device) if batch_idx is None else batch_idx
+    place = padding[:, None] + torch.arange(capacity, device=padding.device)
+    table = torch.where(place < capacity, owner[:, None] * capacity + place, -1)  # none beyond the end
+    try:
+        pages = [cache.view(-1, 1, *cache.shape[2:]) for cache in (k_cache, v_cache)]
+    except RuntimeError:
+        raise ValueError("cache_leftpad given; the sequences of a cache must then follow without a gap") from None
+    return pages[0], pages[1], table.to(torch.int32)
+
+
 def _dense_rows(tensor: Tensor) -> Tensor:
     """flash-attn copies what has no contiguous last dimension; flashcore would refuse it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if not isinstance(tensor, Tensor) or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _no_probabilities(q: Tensor) -> Tensor:
@@ -370,9 +400,17 @@ def _no_probabilities(q: Tensor) -> Tensor:
 
 
 def _unpacked(name: str, packed: Tensor, parts: int, shape: str) -> tuple[Tensor, ...]:
+    _require_tensors(**{name: packed})
     if packed.dim() != shape.count(",") + 1 or packed.shape[-3] != parts:
         raise ValueError(f"{name} of shape {tuple(packed.shape)} given; {shape} is needed")
     return packed.unbind(-3)
+
+
+def _require_tensors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+            raise TypeError(f"{name}: {kind} given; flashcore.compat.flash_attn takes torch tensors")
 
 
 def _refuse_gradients(name: str, *tensors: Optional[Tensor]) -> None:

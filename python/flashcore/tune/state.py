@@ -1,8 +1,9 @@
 """The search as a file: JSON that is whole at every moment, and that a search can go on with.
 
-{"instance", "lines", "device", "sources", "incumbent": tile, "seed", "population", "elites": [id of the best, …],
-"candidates": [{"id", "born" (random, neighbour, mutation, crossover), "parents": [id, …], "tile", "registers",
-"reason" (empty where it was timed), "gain", "verdict"}], "pruned": {reason: how often}, "final": {…} or null}
+{"instance", "lines", "device", "sources", "incumbent": tile, "machine", "seed", "population",
+"elites": [id of the best, …], "candidates": [{"id", "born" (random, neighbour, mutation, crossover),
+"parents": [id, …], "tile", "registers", "reason" (empty where it was timed), "gain", "verdict"}],
+"pruned": {reason: how often}, "final": {…} or null}
 """
 
 from __future__ import annotations

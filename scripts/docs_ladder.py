@@ -1,22 +1,17 @@
-#!/usr/bin/env python3
-"""Writes the measured climb of docs/ladder.md from the files bench/results/ladder_*.json; without any it says nothing.
+"""The measured climb of docs/ladder.md, from the files bench/results/ladder_*.json.
 
-The files come from `python -m flashcore bench --ladder --save bench/results/ladder_NAME.json`; a picture
-docs/ladder_NAME.svg or .png (from --plot) is shown beside them. --check only says whether the page is current.
+They come from `python -m flashcore bench --ladder --save bench/results/ladder_NAME.json`; a picture
+docs/ladder_NAME.svg or .png (from --plot) is shown beside them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "ladder.md"
-RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- climb: written by scripts/update_ladder.py -->\n", "<!-- end of climb -->"
+from docs_machine import told_machine
+
 OURS = "flashcore"
 
 
@@ -56,33 +51,6 @@ def section(results: Path, pictures: Path) -> str:
     lines = []
     for path in sorted(results.glob("ladder_*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        machine = data["machine"]
-        facts = [machine.get("gpu", "one machine")]
-        facts += [f"{name} {machine[name]}" for name in ("driver", "cuda", "torch", "date") if machine.get(name)]
-        lines += [
-            f"On one {', '.join(facts)}, commit {machine.get('git_sha', '')[:12]}; medians, in turn, by one clock."
-        ]
+        lines += [f"On one {told_machine(data['machine'])}; medians, in turn, by one clock."]
         lines += ["", *(line for entry in data["cases"] for line in climb(entry)), *picture_of(path, pictures)]
     return "\n".join(["## The climb, measured", "", *lines, ""]) if lines else ""
-
-
-def rewritten(text: str, fresh: str) -> str:
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + fresh + END + rest.split(END, 1)[1]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    fresh = rewritten(text, section(RESULTS, PAGE.parent))
-    if arguments.check:
-        print(f"docs/ladder.md: {'current' if fresh == text else 'STALE: run scripts/update_ladder.py'}")
-        return fresh != text
-    PAGE.write_text(fresh, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Writes the measured sections of the pages in docs/ from the files bench/results/*.json and docs/profile_*.txt.
+
+--check only says whether they are current (exit status 1 if not), and needs neither matplotlib nor flashcore.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import docs_ladder
+import docs_primitives
+import docs_profiles
+import docs_tuning
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, RESULTS = ROOT / "docs", ROOT / "bench" / "results"
+
+#: (folder of results, folder of pages) -> Markdown; empty where nothing has been measured
+Section = Callable[[Path, Path], str]
+#: by page: the name of its section, and who writes it
+SECTIONS: dict[str, tuple[str, Section]] = {
+    "ladder.md": ("climb", docs_ladder.section),
+    "primitives.md": ("speed", docs_primitives.section),
+    "profiles.md": ("profiles", docs_profiles.section),
+    "tuning.md": ("searches", docs_tuning.section),
+}
+
+
+def rewritten(text: str, name: str, fresh: str) -> str:
+    """The page with this section in its marked place."""
+    begin, end = f"<!-- {name}: written by scripts/update_docs.py -->\n", f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    return before + begin + fresh + end + rest.split(end, 1)[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    stale = []
+    for page, (name, section) in SECTIONS.items():
+        path = DOCS / page
+        text = path.read_text(encoding="utf-8")
+        fresh = rewritten(text, name, section(RESULTS, DOCS))
+        if fresh != text:
+            stale.append(f"docs/{page}")
+        if not arguments.check:
+            path.write_text(fresh, encoding="utf-8")
+    if arguments.check:
+        print(f"measured sections of docs/: {'STALE: run scripts/update_docs.py' if stale else 'current'}", *stale)
+        return bool(stale)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
