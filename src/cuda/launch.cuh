@@ -56,22 +56,39 @@ class SharedMemory {
   std::atomic<std::uint64_t> reserved_{0};  // a bit for each device
 };
 
-/// The same as launch, for a kernel that goes on with what the one before it on the stream has written: it is started
-/// early where the device can do that, so it must begin with wait_for_previous_kernel().
+struct Grid {
+  dim3 blocks;
+  int threads;  // of a block
+  std::size_t shared_bytes = 0;
+};
+
+/// For devices that can start a kernel early, while the one before it on the stream ends: the kernel must begin with
+/// wait_for_previous_kernel(), save for what reads and writes no global memory. Queueing it is also cheaper for the
+/// host (0.5 of 3.7 us).
 template <class... Formal, class... Actual>
-void launch_early(const char* name, void (*kernel)(Formal...), std::int64_t blocks, int threads, Stream stream,
+void launch_early(const char* name, void (*kernel)(Formal...), const Grid& grid, Stream stream,
                   const Actual&... arguments) {
-  if (blocks <= 0) return;
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = can_start_early() ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Formal>(arguments)...), name);
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<const Formal&>(arguments)...), name);
+}
+
+/// The same as launch, for such a kernel; on older devices it starts as any other.
+template <class... Formal, class... Actual>
+void launch_early(const char* name, void (*kernel)(Formal...), std::int64_t blocks, int threads, Stream stream,
+                  const Actual&... arguments) {
+  if (blocks <= 0) return;
+  if (!can_start_early()) return launch(name, kernel, blocks, threads, stream, arguments...);
+  const Grid grid{dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)), threads};
+  launch_early(name, kernel, grid, stream, static_cast<Formal>(arguments)...);
 }
 
 /// Until the kernel before this one on the stream is done and what it wrote can be read.

@@ -21,6 +21,7 @@
 
 #include <cstdint>
 
+#include "../../cuda/launch.cuh"
 #include "../common/repair.cuh"
 #include "../params.h"
 #include "../ptx/barrier.cuh"
@@ -775,6 +776,8 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
   using Plan = SharedPlan<Traits>;
   extern __shared__ __align__(1024) unsigned char s_memory[];
   const std::uint32_t s_base = ptx::shared_address(s_memory);
+  for (const CUtensorMap* map : {&map_q, &map_k, &map_v, &map_out})
+    if (threadIdx.x == kWarpgroup) ptx::prefetch_map(map);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kQBuffers; ++i) {
       ptx::barrier_init(s_base + Plan::kFullQ + 8 * i, 1);
@@ -794,6 +797,8 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
     ptx::fence_barrier_init();
   }
   __syncthreads();
+  cuda::wait_for_previous_kernel();
+  cuda::let_next_kernel_start();
 
   const int warpgroup = __shfl_sync(tile::kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {

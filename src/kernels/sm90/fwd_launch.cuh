@@ -102,12 +102,9 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* wor
   const auto kernel = fwd<Traits>;
   static cuda::SharedMemory shared(kernel, kSharedBytes);
   shared.reserve_on(plan.device.index);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(plan.blocks, args.order.tiles)));
-  config.blockDim = dim3(Traits::kTile.threads());
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  cuda::check(cudaLaunchKernelEx(&config, kernel, q.map, k.map, v.map, out.map, args), "launching sm90.fwd");
+  const cuda::Grid grid{dim3(static_cast<unsigned>(std::min(plan.blocks, args.order.tiles))), Traits::kTile.threads(),
+                        kSharedBytes};
+  cuda::launch_early("launching sm90.fwd", kernel, grid, stream, q.map, k.map, v.map, out.map, args);
 }
 
 template <class Element, int kHeadDim>

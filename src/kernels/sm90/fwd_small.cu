@@ -14,7 +14,7 @@ namespace flashcore::sm90 {
 namespace {
 
 template <class Traits>
-void launch(const detail::Params& p, int parts, Stream stream) {
+void launch(const detail::Params& p, int parts, int device, Stream stream) {
   const detail::SizeParams& size = p.size;
   const auto blocks_of = [](std::int64_t count, int each) { return static_cast<unsigned>((count + each - 1) / each); };
   SmallArgs args{};
@@ -42,45 +42,37 @@ void launch(const detail::Params& p, int parts, Stream stream) {
   args.v_batch_step = v.batch_step;
   args.v_head_step = v.head_step;
   const auto kernel = fwd_small<Traits>;
-  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   small_shared_bytes<Traits>(kSmallParts)),
-              "reserving shared memory");
-  cudaLaunchAttribute early = {};  // its blocks may start while the stream's last kernel ends; they wait for it
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks_of(size.seqlen_q, kSmallQueries), static_cast<unsigned>(size.heads_q),
-                        static_cast<unsigned>(size.batch));
-  config.blockDim = dim3(static_cast<unsigned>(128 * parts));
-  config.dynamicSmemBytes = static_cast<std::size_t>(small_shared_bytes<Traits>(parts));
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cuda::check(cudaLaunchKernelEx(&config, kernel, args, q.map, k.map, v.map), "launching sm90.fwd_small");
+  static cuda::SharedMemory shared(kernel, small_shared_bytes<Traits>(kSmallParts));
+  shared.reserve_on(device);
+  const cuda::Grid grid{dim3(blocks_of(size.seqlen_q, kSmallQueries), static_cast<unsigned>(size.heads_q),
+                             static_cast<unsigned>(size.batch)),
+                        128 * parts, static_cast<std::size_t>(small_shared_bytes<Traits>(parts))};
+  cuda::launch_early("launching sm90.fwd_small", kernel, grid, stream, args, q.map, k.map, v.map);
 }
 
 template <class Element>
-void launch_bucket(const detail::Params& p, int parts, Stream stream) {
+void launch_bucket(const detail::Params& p, int parts, int device, Stream stream) {
   const int head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
   const auto [keys, steps] = small_shape(head_dim, p.size.seqlen_k, parts);
   if (head_dim <= 64) {
-    if (keys == 32) return launch<SmallTraits<Element, 64, 32, 1>>(p, parts, stream);
-    if (keys == 64) return launch<SmallTraits<Element, 64, 64, 1>>(p, parts, stream);
-    if (steps == 1) return launch<SmallTraits<Element, 64, 128, 1>>(p, parts, stream);
-    return launch<SmallTraits<Element, 64, 128, 2>>(p, parts, stream);
+    if (keys == 32) return launch<SmallTraits<Element, 64, 32, 1>>(p, parts, device, stream);
+    if (keys == 64) return launch<SmallTraits<Element, 64, 64, 1>>(p, parts, device, stream);
+    if (steps == 1) return launch<SmallTraits<Element, 64, 128, 1>>(p, parts, device, stream);
+    return launch<SmallTraits<Element, 64, 128, 2>>(p, parts, device, stream);
   }
-  if (keys == 32) return launch<SmallTraits<Element, 128, 32, 1>>(p, parts, stream);
-  if (steps == 1) return launch<SmallTraits<Element, 128, 64, 1>>(p, parts, stream);
-  launch<SmallTraits<Element, 128, 64, 2>>(p, parts, stream);
+  if (keys == 32) return launch<SmallTraits<Element, 128, 32, 1>>(p, parts, device, stream);
+  if (steps == 1) return launch<SmallTraits<Element, 128, 64, 1>>(p, parts, device, stream);
+  launch<SmallTraits<Element, 128, 64, 2>>(p, parts, device, stream);
 }
 
 }  // namespace
 
 void launch_fwd_small(const detail::Plan& plan, const detail::Params& p, void*, Stream stream) {
   if (p.size.batch == 0 || p.size.heads_q == 0 || p.size.seqlen_q == 0) return;
-  const cuda::DeviceGuard guard(plan.device.index);
-  if (p.dtype == DType::float16) return launch_bucket<detail::Float16>(p, plan.splits, stream);
-  launch_bucket<detail::BFloat16>(p, plan.splits, stream);
+  const int device = plan.device.index;
+  const cuda::DeviceGuard guard(device);
+  if (p.dtype == DType::float16) return launch_bucket<detail::Float16>(p, plan.splits, device, stream);
+  launch_bucket<detail::BFloat16>(p, plan.splits, device, stream);
 }
 
 }  // namespace flashcore::sm90
