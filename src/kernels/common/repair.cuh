@@ -37,9 +37,9 @@ __device__ void redo_rows(const Params& p, std::int64_t flag, std::int64_t flags
     tile::exact_row<T, kMaxHeadDim>(p, batch, head, static_cast<int>(row));
 }
 
-/// The share of one of `warps` warps, by all its lanes. Seldom needed: not to be inlined.
+/// The share of one of `warps` warps, by all its lanes.
 template <class T, int kMaxHeadDim>
-__device__ __noinline__ void redo_spoilt_rows(const Params& p, const std::uint8_t* spoilt, std::int64_t flags_per_head,
+__device__ void redo_spoilt_rows(const Params& p, const std::uint8_t* spoilt, std::int64_t flags_per_head,
                                               int warp, int warps) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t flags = spoilt_flags(p.sequence.cu_seqlens_q != nullptr, p.size, flags_per_head);
