@@ -39,8 +39,8 @@ __device__ void redo_rows(const Params& p, std::int64_t flag, std::int64_t flags
 
 /// The share of one of `warps` warps, by all its lanes.
 template <class T, int kMaxHeadDim>
-__device__ void redo_spoilt_rows(const Params& p, const std::uint8_t* spoilt, std::int64_t flags_per_head,
-                                              int warp, int warps) {
+__device__ void redo_spoilt_rows(const Params& p, const std::uint8_t* spoilt, std::int64_t flags_per_head, int warp,
+                                 int warps) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t flags = spoilt_flags(p.sequence.cu_seqlens_q != nullptr, p.size, flags_per_head);
   for (std::int64_t base = std::int64_t{warp} * kFlagsPerWarp; base < flags; base += warps * kFlagsPerWarp) {

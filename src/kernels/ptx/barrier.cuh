@@ -52,7 +52,17 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/// st.shared.v4, ld.shared.v4: four words at a multiple of 16 bytes; the barrier around them orders them.
+/// st.shared, ld.shared: a word; the barrier around them orders them.
+__device__ __forceinline__ void store_shared(std::uint32_t address, int x) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ int load_shared(std::uint32_t address) {
+  int x;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+/// st.shared.v4, ld.shared.v4: four words at a multiple of 16 bytes.
 __device__ __forceinline__ void store_shared(std::uint32_t address, int x, int y, int z, int w) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }

@@ -83,8 +83,9 @@ struct SharedPlan {
   static constexpr int kFullTile = kEmptyV + 8 * Traits::kStages;
   static constexpr int kEmptyTile = kFullTile + 8 * kTileSlots;
   static constexpr int kTiles = (kEmptyTile + 8 * kTileSlots + 15) / 16 * 16;
-  static constexpr int kLast = kTiles + kWorkBytes * kTileSlots;
-  static constexpr int kBytes = kLast + 16;
+  static constexpr int kSpoilt = kTiles + kWorkBytes * kTileSlots;  // whether this block has flagged a row
+  static constexpr int kLast = kSpoilt + 4;                         // whether this block is the last
+  static constexpr int kBytes = kLast + 4;
   static_assert(kBytes <= 232448, "more shared memory than a block can have on sm_90");
 };
 
@@ -433,6 +434,13 @@ __device__ __forceinline__ void general_scores(float (&s)[N], const FwdArgs& arg
   }
 }
 
+/// The share of one of the consumers' warps. Not to be inlined: at D256 there are no registers left for it.
+template <class Traits>
+__device__ __noinline__ void redo_spoilt_rows(const FwdArgs& args, int warp) {
+  detail::redo_spoilt_rows<typename Traits::Element, Traits::kHeadDim>(args.params, args.spoilt, args.flags_per_head,
+                                                                       warp, 4 * Traits::kConsumers);
+}
+
 /// A consumer warpgroup: its registers' meaning and the steps of the algorithm as verbs.
 template <class Traits>
 struct Consumer {
@@ -610,8 +618,13 @@ struct Consumer {
     const int seqlen_q = lengths().seqlen_q;
     Element* const target = static_cast<Element*>(out.data) + (args.packed ? 0 : place.batch * out.batch) +
                             place.head * out.head + (place.q_begin + row) * out.seq;
-    tile::store_rows<Element, kHeadDim <= 128>(o, target, 8 * out.seq, {row < seqlen_q, row + 8 < seqlen_q},
-                                               args.params.size.head_dim_v, quad_lane());
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float2 pairs[kHeadDim / 8];
+      tile::pairs_of_row(o, r, pairs);
+      tile::store_row<Element, kHeadDim <= 128>(pairs, target + 8 * r * out.seq, row + 8 * r < seqlen_q,
+                                                args.params.size.head_dim_v, quad_lane());
+    }
   }
 
   __device__ __forceinline__ void store_lse(const tile::OnlineSoftmax& softmax, int row) const {
@@ -646,22 +659,26 @@ struct Consumer {
     if (lane() == 0 && first < lengths().seqlen_q) {
       args.spoilt[detail::spoilt_flag(args.packed, args.flags_per_head, args.heads_q, place.batch, place.head,
                                       place.q_begin, first)] = spoilt;
-      if (spoilt) *args.any_spoilt = args.counter.tag;
+      if (spoilt) {
+        *args.any_spoilt = args.counter.tag;
+        ptx::store_shared(s_base + Plan::kSpoilt, 1);
+      }
     }
   }
 
-  /// After the last tile. The last block of all does spoilt rows again: whatever the others wrote can be seen by now.
+  /// After the last tile. The last block of all does spoilt rows again: all flags, and what was stored over flagged
+  /// rows, can be seen by then.
   __device__ __forceinline__ void finish_block() const {
-    ptx::bulk_wait<0>();
+    ptx::bulk_wait_read<0>();  // shared memory must outlive the stores that read it
+    if (ptx::load_shared(s_base + Plan::kSpoilt)) ptx::bulk_wait<0>();
     __threadfence();
     ptx::named_sync(kAll, Traits::kConsumers * kWarpgroup);
-    if (consumer == 0 && thread == 0) ptx::store_shared(s_base + Plan::kLast, args.counter.leave(gridDim.x), 0, 0, 0);
+    if (consumer == 0 && thread == 0) ptx::store_shared(s_base + Plan::kLast, args.counter.leave(gridDim.x));
     ptx::named_sync(kAll, Traits::kConsumers * kWarpgroup);
-    if (!__any_sync(tile::kAllLanes, ptx::load_shared_x4(s_base + Plan::kLast).x)) return;
+    if (!__any_sync(tile::kAllLanes, ptx::load_shared(s_base + Plan::kLast))) return;
     __threadfence();
     if (*static_cast<volatile unsigned*>(args.any_spoilt) == args.counter.tag)
-      detail::redo_spoilt_rows<Element, kHeadDim>(args.params, args.spoilt, args.flags_per_head, 4 * consumer + warp(),
-                                                  4 * Traits::kConsumers);
+      redo_spoilt_rows<Traits>(args, 4 * consumer + warp());
   }
 
   __device__ __forceinline__ void run_tile(const CUtensorMap* map_out);
@@ -794,6 +811,7 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
       ptx::barrier_init(s_base + Plan::kEmptyTile + 8 * i,
                         Traits::kConsumers * 4 + 1);  // every warp, and the loading thread
     }
+    ptx::store_shared(s_base + Plan::kSpoilt, 0);
     ptx::fence_barrier_init();
   }
   __syncthreads();
@@ -825,7 +843,7 @@ __global__ void __launch_bounds__(Traits::kTile.threads(), 1)
       if (self.lane() == 0) release_tile<Traits>(s_base, n);
     }
     if constexpr (Traits::kEven)
-      ptx::bulk_wait_read<0>();  // shared memory must outlive the stores that read it
+      ptx::bulk_wait_read<0>();
     else
       self.finish_block();
   }

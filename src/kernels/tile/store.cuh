@@ -9,38 +9,38 @@
 
 namespace flashcore::tile {
 
-/// Two rows of a thread's quad, N / 2 columns: the four threads exchange pairs of columns so that each stores 16 bytes.
-/// `target`: where the first row's first column goes, on 16 bytes; the second row is `next` elements further. Of the
-/// columns, `columns` exist. kAnyColumns: that may be no multiple of 8. By all lanes.
+/// A row that a quad holds, N pairs of columns in each of its threads: pair g is columns 8g + 2·quad_lane and the next.
+/// The threads exchange pairs so that each stores 16 bytes. `target`: where the row's first column goes, on 16 bytes.
+/// Of the columns, `columns` exist. kAnyColumns: that may be no multiple of 8. By all lanes.
 template <class Element, bool kAnyColumns, int N>
-__device__ __forceinline__ void store_rows(const float (&o)[N], Element* target, std::int64_t next,
-                                           const bool (&exists)[2], int columns, int quad_lane) {
+__device__ __forceinline__ void store_row(const float2 (&pairs)[N], Element* target, bool exists, int columns,
+                                          int quad_lane) {
 #pragma unroll
-  for (int i = 0; i < N / 16; ++i) {
+  for (int i = 0; i < N / 4; ++i) {
     const int first = 32 * i + 8 * quad_lane;
+    std::uint32_t x[4];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      std::uint32_t x[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const float* pair = &o[16 * i + 4 * c + 2 * r];
-        x[c] = ptx::pack<Element>(pair[0], pair[1]);
-      }
-      quad_transpose(x, quad_lane);
-      Element* const to = target + r * next + first;
-      ptx::store_if(exists[r] && first + 8 <= columns, to, x);
-      if constexpr (kAnyColumns) {
+    for (int c = 0; c < 4; ++c) x[c] = ptx::pack<Element>(pairs[4 * i + c].x, pairs[4 * i + c].y);
+    quad_transpose(x, quad_lane);
+    ptx::store_if(exists && first + 8 <= columns, target + first, x);
+    if constexpr (kAnyColumns) {
 #pragma unroll 1
-        for (int c = 0; c < columns % 8; ++c) {  // the last columns, where they are no multiple of 8
-          ptx::store_if(exists[r] && first == columns / 8 * 8, to + c, static_cast<std::uint16_t>(x[0]));
-          x[0] = x[0] >> 16 | x[1] << 16;
-          x[1] = x[1] >> 16 | x[2] << 16;
-          x[2] = x[2] >> 16 | x[3] << 16;
-          x[3] >>= 16;
-        }
+      for (int c = 0; c < columns % 8; ++c) {  // the last columns, where they are no multiple of 8
+        ptx::store_if(exists && first == columns / 8 * 8, target + first + c, static_cast<std::uint16_t>(x[0]));
+        x[0] = x[0] >> 16 | x[1] << 16;
+        x[1] = x[1] >> 16 | x[2] << 16;
+        x[2] = x[2] >> 16 | x[3] << 16;
+        x[3] >>= 16;
       }
     }
   }
+}
+
+/// Row r (0 or 1) of a thread's accumulators, as store_row wants it.
+template <int N>
+__device__ __forceinline__ void pairs_of_row(const float (&o)[N], int r, float2 (&pairs)[N / 4]) {
+#pragma unroll
+  for (int g = 0; g < N / 4; ++g) pairs[g] = make_float2(o[4 * g + 2 * r], o[4 * g + 2 * r + 1]);
 }
 
 }  // namespace flashcore::tile
