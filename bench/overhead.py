@@ -40,7 +40,7 @@ def raw_calls(q: Any, k: Any, v: Any) -> dict[str, Callable[[], Any]]:
     plan = fc.plan(q, k, v, out=out)
     return {
         "_core.forward, all prepared": lambda: _core.forward(
-            framework.bridge, arrays, (out, None), options, -1, -1, None
+            framework.bridge, arrays, (out, None), options, -1, -1, False, None
         ),
         "plan(q, k, v, out=out)": lambda: plan(q, k, v, out=out),
         "attention(q, k, v, out=out)": lambda: fc.attention(q, k, v, out=out),

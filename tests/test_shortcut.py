@@ -21,9 +21,12 @@ WORDS = [
     {"layout": "bshd"},
     {"causal": True, "scale": 2.0, "layout": "bshd"},
     {"causal": "bottom_right"},
+    {"causal": "top_left", "scale": 0.3},
     {"scale": 2},
     {"window": (1, 0)},
     {"return_lse": True},
+    {"return_lse": True, "causal": True, "layout": "bshd"},
+    {"return_lse": False},
 ]
 
 
@@ -39,7 +42,7 @@ def enters_python(call) -> bool:
         call()
     finally:
         sys.setprofile(None)
-    return any(file.startswith(fc.__path__[0]) for file in files)
+    return any(file.startswith(tuple(fc.__path__)) for file in files)
 
 
 @pytest.mark.parametrize("words", WORDS, ids=str)
@@ -53,7 +56,7 @@ def test_results_are_those_of_the_whole_function(words, framework, rng):
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
-@pytest.mark.parametrize("words", WORDS[:6], ids=str)
+@pytest.mark.parametrize("words", WORDS[:8], ids=str)
 def test_plain_calls_do_not_enter_python(words, name, rng):
     if not importable(name):
         pytest.skip(f"{name} is not installed")
@@ -71,6 +74,17 @@ def test_out_is_the_array_given(framework, rng):
     out = framework.empty((2, 3, 3, 16))
     assert fc.attention(q, k, v, out=out) is out
     np.testing.assert_array_equal(framework.numpy(out), framework.numpy(fc.attention(q, k, v)))
+
+
+def test_lse_is_the_array_given(framework, rng):
+    if framework.name == "jax":
+        pytest.skip("its arrays cannot be written")
+    q, k, v = arrays(framework, rng)
+    lse = framework.empty((2, 3, 3))
+    out, same = fc.attention(q, k, v, lse=lse)
+    assert same is lse
+    for given, exact in zip((out, lse), whole_attention(q, k, v, return_lse=True), strict=True):
+        np.testing.assert_array_equal(framework.numpy(given), framework.numpy(exact))
 
 
 @pytest.mark.parametrize(

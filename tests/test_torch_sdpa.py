@@ -225,11 +225,11 @@ def calls(monkeypatch):
 
     seen = []
 
-    def attention(q, *others, **words):
-        seen.append(tuple(q.shape))
-        return fct.attention(q, *others, **words)
+    def attend(query, *others, **words):
+        seen.append(tuple(query.shape))
+        return fct.scaled_dot_product_attention(query, *others, **words)
 
-    monkeypatch.setattr(sdpa, "attention", attention)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", attend)
     return seen
 
 

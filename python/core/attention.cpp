@@ -12,6 +12,7 @@
 #include "flashcore/error.h"
 #include "flashcore/memory.h"
 #include "options.h"
+#include "results.h"
 #include "shortcut.h"
 
 namespace flashcore::python {
@@ -87,37 +88,6 @@ AttentionOutputs read_outputs(Reader& reader, nb::handle arrays, Access access =
   return out;
 }
 
-TensorView dense(TensorView view) {
-  std::int64_t stride = 1;
-  for (int i = view.rank - 1; i >= 0; --i) {
-    view.stride[i] = stride;
-    stride *= view.shape[i];
-  }
-  return view;
-}
-
-/// The results that a call would allocate, without memory: for planning.
-AttentionOutputs imagined_outputs(AttentionOutputs given, const TensorView& q, const TensorView& v, Layout layout,
-                                  bool with_lse) {
-  if (!given.out && q.rank > 0 && v.rank > 0) {
-    given.out = q;
-    given.out.data = nullptr;
-    given.out.shape[q.rank - 1] = v.shape[v.rank - 1];
-    if (q.dtype == DType::float8_e4m3) given.out.dtype = DType::bfloat16;
-    given.out = dense(given.out);
-  }
-  if (with_lse && !given.lse && q.rank >= 3) {
-    given.lse = q;
-    given.lse.data = nullptr;
-    given.lse.rank = q.rank - 1;
-    given.lse.dtype = q.dtype == DType::float64 ? DType::float64 : DType::float32;
-    if (layout == Layout::bshd) std::swap(given.lse.shape[1], given.lse.shape[2]);
-    if (layout == Layout::thd) std::swap(given.lse.shape[0], given.lse.shape[1]);
-    given.lse = dense(given.lse);
-  }
-  return given;
-}
-
 /// The gradients that a call would allocate, without memory: for planning.
 AttentionGrads imagined_gradients(AttentionGrads given, const AttentionInputs& in) {
   const auto imagine = [](TensorView& gradient, const TensorView& source) {
@@ -139,36 +109,25 @@ nb::typed<nb::tuple, bool, std::string, std::string> to_tuple(const Support& sup
 
 // ---- calls -------------------------------------------------------------------------------------------------------
 
-/// A new array for out, made by the framework. Its short cut will do where out has q's shape and dtype and q is dense.
-nb::object new_result(const Bridge& bridge, nb::handle q_array, nb::handle v_array, const TensorView& q,
-                      const TensorView& v, nb::handle stream) {
-  if (!bridge.empty_like.is_none() && q_array.type().is(bridge.type) && q.rank > 0 && v.rank > 0 &&
-      q.shape[q.rank - 1] == v.shape[v.rank - 1] && q.dtype != DType::float8_e4m3 && q.stride == dense(q).stride)
-    return ask(bridge.empty_like, q_array);
-  return bridge.result(q_array, v_array, stream);
+/// The pair (out, lse), as arrays or None.
+Wanted wanted_results(nb::handle results, Layout layout, bool with_lse) {
+  if (!PyTuple_Check(results.ptr()) || PyTuple_Size(results.ptr()) != 2) throw InvalidType("(out, lse) is needed");
+  return {PyTuple_GetItem(results.ptr(), 0), PyTuple_GetItem(results.ptr(), 1), layout, with_lse};
 }
 
-/// The array for out: the one given, or a new one, which `out` then looks at.
-nb::object take_out(Reader& reader, const Bridge& bridge, nb::handle results, AttentionOutputs& out, nb::handle q_array,
-                    nb::handle v_array, const TensorView& q, const TensorView& v, nb::handle stream) {
-  if (out.out || !v) return nb::borrow(PyTuple_GetItem(results.ptr(), 0));
-  nb::object made = new_result(bridge, q_array, v_array, q, v, stream);
-  out.out = reader.read(made, "out", Access::fresh);
-  return made;
-}
-
-/// Returns out: the array given, or a new one.
+/// Returns out or, where lse is given or wanted, (out, lse).
 nb::object forward(const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
-                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
+                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, bool with_lse, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
-  AttentionOutputs out = read_outputs(reader, results);
-  nb::object out_array = take_out(reader, bridge, results, out, PyTuple_GetItem(arrays.ptr(), 0),
-                                  PyTuple_GetItem(arrays.ptr(), 2), in.q, in.v, stream);
+  const Results out = take_results(reader, wanted_results(results, options.value.layout, with_lse),
+                                   PyTuple_GetItem(arrays.ptr(), 0), in.q, in.v);
   const Stream run_on = reader.stream(in.q.device);
-  nb::gil_scoped_release release;
-  attention_forward(in, out, options.value, run_on);
-  return out_array;
+  {
+    nb::gil_scoped_release release;
+    attention_forward(in, out.views, options.value, run_on);
+  }
+  return out.answer();
 }
 
 /// Work of a few microseconds, for which handing the interpreter to other threads and back does not pay.
@@ -179,17 +138,18 @@ bool is_tiny(const TensorView& q, const TensorView& k) {
 
 }  // namespace
 
-nb::object attend(const Bridge& bridge, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
+nb::object attend(const Bridge& bridge, nb::handle q, nb::handle k, nb::handle v, const Wanted& wanted,
                   const AttentionOptions& options) {
   Reader reader(bridge, nb::none(), Grads::mentioned);
   const AttentionInputs in{.q = reader.read(q, "q"), .k = reader.read(k, "k"), .v = reader.read(v, "v")};
-  nb::object result = out.is_none() ? new_result(bridge, q, v, in.q, in.v, nb::none()) : nb::borrow(out);
-  const AttentionOutputs written{.out = reader.read(result, "out", out.is_none() ? Access::fresh : Access::write)};
+  const Results out = take_results(reader, wanted, q, in.q, in.v);
   const Stream run_on = reader.stream(in.q.device);
-  std::optional<nb::gil_scoped_release> release;
-  if (!is_tiny(in.q, in.k)) release.emplace();
-  attention_forward(in, written, options, run_on);
-  return result;
+  {
+    std::optional<nb::gil_scoped_release> release;
+    if (!is_tiny(in.q, in.k)) release.emplace();
+    attention_forward(in, out.views, options, run_on);
+  }
+  return out.answer();
 }
 
 namespace {
@@ -206,18 +166,19 @@ double time_forward(const Bridge& bridge, nb::handle arrays, nb::handle results,
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / calls;
 }
 
-/// Returns out: the array given, or a new one.
+/// Returns out or, where lse is given or wanted, (out, lse).
 nb::object decode(const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved, nb::handle results,
-                  const Options& options, nb::handle stream) {
+                  const Options& options, bool with_lse, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
-  AttentionOutputs out = read_outputs(reader, results);
-  nb::object out_array = take_out(reader, bridge, results, out, PyTuple_GetItem(arrays.ptr(), 0),
-                                  PyTuple_GetItem(caches.ptr(), 1), in.q, in.v_cache, stream);
+  const Results out = take_results(reader, wanted_results(results, options.value.layout, with_lse),
+                                   PyTuple_GetItem(arrays.ptr(), 0), in.q, in.v_cache);
   const Stream run_on = reader.stream(in.q.device);
-  nb::gil_scoped_release release;
-  attention_decode(in, out, options.value, run_on);
-  return out_array;
+  {
+    nb::gil_scoped_release release;
+    attention_decode(in, out.views, options.value, run_on);
+  }
+  return out.answer();
 }
 
 AttentionCotangents read_cotangents(Reader& reader, nb::handle arrays) {
@@ -235,28 +196,65 @@ AttentionGrads read_gradients(Reader& reader, nb::handle arrays) {
   return grads;
 }
 
-/// `cotangents` is (dout, dlse), `gradients` (dq, dk, dv, dbias, dsinks).
-void backward(const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents, nb::handle gradients,
-              const Options& options, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
+/// The gradients of a call, as arrays and as views: those given, new ones where else they are wanted, or None.
+struct Gradients {
+  nb::object arrays[5];
+  AttentionGrads views;
+
+  nb::object answer() const { return nb::make_tuple(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]); }
+};
+
+Gradients take_gradients(Reader& reader, nb::handle given, nb::handle wanted, nb::handle inputs,
+                         const AttentionInputs& in) {
+  constexpr Py_ssize_t kSources[] = {0, 1, 2, 4, 6};  // q, k, v, bias and sinks among the inputs
+  Gradients grads{.arrays = {}, .views = read_gradients(reader, given)};
+  if (!PyTuple_Check(wanted.ptr()) || PyTuple_Size(wanted.ptr()) != 5) throw InvalidType("5 wishes are needed");
+  const std::pair<TensorView*, const TensorView*> pairs[] = {{&grads.views.dq, &in.q},
+                                                             {&grads.views.dk, &in.k},
+                                                             {&grads.views.dv, &in.v},
+                                                             {&grads.views.dbias, &in.bias},
+                                                             {&grads.views.dsinks, &in.sinks}};
+  for (Py_ssize_t i = 0; i < 5; ++i) {
+    const auto [gradient, source] = pairs[i];
+    grads.arrays[i] = nb::borrow(PyTuple_GetItem(given.ptr(), i));
+    if (*gradient || !*source || PyTuple_GetItem(wanted.ptr(), i) != Py_True) continue;
+    grads.arrays[i] = new_array(reader, PyTuple_GetItem(inputs.ptr(), kSources[i]), *source, dense(*source));
+    *gradient = reader.read(grads.arrays[i], "gradient", Access::fresh);
+  }
+  return grads;
+}
+
+/// `cotangents` is (dout, dlse), `gradients` (dq, dk, dv, dbias, dsinks), `wanted` a bool for each of these. Returns
+/// them all, None where not wanted.
+nb::object backward(const Bridge& bridge, nb::handle arrays, nb::handle results, nb::handle cotangents,
+                    nb::handle gradients, nb::handle wanted, const Options& options, std::int64_t max_seqlen_q,
+                    std::int64_t max_seqlen_k, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs out = read_outputs(reader, results, Access::read);
   const AttentionCotangents above = read_cotangents(reader, cotangents);
-  const AttentionGrads grads = read_gradients(reader, gradients);
+  const Gradients grads = take_gradients(reader, gradients, wanted, arrays, in);
   const Stream run_on = reader.stream(in.q.device);
-  nb::gil_scoped_release release;
-  attention_backward(in, out, above, grads, options.value, run_on);
+  {
+    nb::gil_scoped_release release;
+    attention_backward(in, out, above, grads.views, options.value, run_on);
+  }
+  return grads.answer();
 }
 
-/// `states` is (out_a, lse_a, out_b, lse_b), `results` (out, lse).
-void merge(const Bridge& bridge, nb::handle states, nb::handle results, int layout, nb::handle stream) {
+/// `states` is (out_a, lse_a, out_b, lse_b), `results` (out, lse). Returns (out, lse).
+nb::object merge(const Bridge& bridge, nb::handle states, nb::handle results, int layout, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   AttentionState a, b;
   read_all(reader, states, {{"out_a", &a.out}, {"lse_a", &a.lse}, {"out_b", &b.out}, {"lse_b", &b.lse}});
-  const AttentionOutputs merged = read_outputs(reader, results);
+  const Results merged = take_results(reader, wanted_results(results, static_cast<Layout>(layout), true),
+                                      PyTuple_GetItem(states.ptr(), 0), a.out, a.out);
   const Stream run_on = reader.stream(a.out.device);
-  nb::gil_scoped_release release;
-  merge_states(a, b, {merged.out, merged.lse}, static_cast<Layout>(layout), run_on);
+  {
+    nb::gil_scoped_release release;
+    merge_states(a, b, {merged.views.out, merged.views.lse}, static_cast<Layout>(layout), run_on);
+  }
+  return merged.answer();
 }
 
 // ---- questions ---------------------------------------------------------------------------------------------------
@@ -330,40 +328,53 @@ void bind_questions(nb::module_& m) {
 
 // ---- plans -------------------------------------------------------------------------------------------------------
 
-void run_forward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle results,
-                 std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, nb::handle stream) {
+/// Returns out or, where lse is given or wanted, (out, lse).
+nb::object run_forward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle results,
+                       int layout, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, bool with_lse,
+                       nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
-  const AttentionOutputs out = read_outputs(reader, results);
+  const Results out = take_results(reader, wanted_results(results, static_cast<Layout>(layout), with_lse),
+                                   PyTuple_GetItem(arrays.ptr(), 0), in.q, in.v);
   const Stream run_on = reader.stream(in.q.device);
-  nb::gil_scoped_release release;
-  const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
-  plan.run(in, out, workspace.data(), run_on);
+  {
+    nb::gil_scoped_release release;
+    const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
+    plan.run(in, out.views, workspace.data(), run_on);
+  }
+  return out.answer();
 }
 
-void run_decode(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle caches, bool interleaved,
-                nb::handle results, nb::handle stream) {
+nb::object run_decode(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle caches,
+                      bool interleaved, nb::handle results, int layout, bool with_lse, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const DecodeInputs in = read_decode_inputs(reader, arrays, caches, interleaved);
-  const AttentionOutputs out = read_outputs(reader, results);
+  const Results out = take_results(reader, wanted_results(results, static_cast<Layout>(layout), with_lse),
+                                   PyTuple_GetItem(arrays.ptr(), 0), in.q, in.v_cache);
   const Stream run_on = reader.stream(in.q.device);
-  nb::gil_scoped_release release;
-  const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
-  plan.run(in, out, workspace.data(), run_on);
+  {
+    nb::gil_scoped_release release;
+    const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
+    plan.run(in, out.views, workspace.data(), run_on);
+  }
+  return out.answer();
 }
 
-void run_backward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle results,
-                  nb::handle cotangents, nb::handle gradients, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k,
-                  nb::handle stream) {
+nb::object run_backward(const AttentionPlan& plan, const Bridge& bridge, nb::handle arrays, nb::handle results,
+                        nb::handle cotangents, nb::handle gradients, nb::handle wanted, std::int64_t max_seqlen_q,
+                        std::int64_t max_seqlen_k, nb::handle stream) {
   Reader reader(bridge, stream, Grads::mentioned);
   const AttentionInputs in = read_inputs(reader, arrays, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs out = read_outputs(reader, results, Access::read);
   const AttentionCotangents above = read_cotangents(reader, cotangents);
-  const AttentionGrads grads = read_gradients(reader, gradients);
+  const Gradients grads = take_gradients(reader, gradients, wanted, arrays, in);
   const Stream run_on = reader.stream(in.q.device);
-  nb::gil_scoped_release release;
-  const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
-  plan.run(in, out, above, grads, workspace.data(), run_on);
+  {
+    nb::gil_scoped_release release;
+    const Buffer workspace(plan.workspace_bytes(), in.q.device, run_on);
+    plan.run(in, out, above, grads.views, workspace.data(), run_on);
+  }
+  return grads.answer();
 }
 
 void bind_plan(nb::module_& m) {
@@ -371,13 +382,13 @@ void bind_plan(nb::module_& m) {
       .def_prop_ro("kernel", &AttentionPlan::kernel)
       .def_prop_ro("workspace_bytes", &AttentionPlan::workspace_bytes)
       .def("describe", &AttentionPlan::describe)
-      .def("run_forward", &run_forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"),
-           nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"), nb::arg("stream").none())
+      .def("run_forward", &run_forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"), nb::arg("layout"),
+           nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"), nb::arg("with_lse"), nb::arg("stream").none())
       .def("run_decode", &run_decode, nb::arg("bridge"), nb::arg("arrays"), nb::arg("caches"), nb::arg("interleaved"),
-           nb::arg("results"), nb::arg("stream").none())
+           nb::arg("results"), nb::arg("layout"), nb::arg("with_lse"), nb::arg("stream").none())
       .def("run_backward", &run_backward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"),
-           nb::arg("cotangents"), nb::arg("gradients"), nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"),
-           nb::arg("stream").none());
+           nb::arg("cotangents"), nb::arg("gradients"), nb::arg("wanted"), nb::arg("max_seqlen_q"),
+           nb::arg("max_seqlen_k"), nb::arg("stream").none());
   m.def("plan_forward", [](const Bridge& bridge, nb::handle arrays, nb::handle results, const Options& options,
                            std::int64_t max_q, std::int64_t max_k, bool with_lse) {
     return about_forward(
@@ -432,13 +443,13 @@ void bind_options(nb::module_& m) {
 void bind_attention(nb::module_& m) {
   bind_options(m);
   m.def("forward", &forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"), nb::arg("options"),
-        nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"), nb::arg("stream").none());
+        nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"), nb::arg("with_lse"), nb::arg("stream").none());
   m.def("time_forward", &time_forward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"), nb::arg("options"),
         nb::arg("calls"));
   m.def("decode", &decode, nb::arg("bridge"), nb::arg("arrays"), nb::arg("caches"), nb::arg("interleaved"),
-        nb::arg("results"), nb::arg("options"), nb::arg("stream").none());
+        nb::arg("results"), nb::arg("options"), nb::arg("with_lse"), nb::arg("stream").none());
   m.def("backward", &backward, nb::arg("bridge"), nb::arg("arrays"), nb::arg("results"), nb::arg("cotangents"),
-        nb::arg("gradients"), nb::arg("options"), nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"),
+        nb::arg("gradients"), nb::arg("wanted"), nb::arg("options"), nb::arg("max_seqlen_q"), nb::arg("max_seqlen_k"),
         nb::arg("stream").none());
   m.def("merge_states", &merge, nb::arg("bridge"), nb::arg("states"), nb::arg("results"), nb::arg("layout"),
         nb::arg("stream").none());

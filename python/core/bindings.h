@@ -7,6 +7,7 @@ namespace flashcore::python {
 
 void bind_errors(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_onlookers(nanobind::module_& m);
 void bind_primitives(nanobind::module_& m);
 void bind_memory(nanobind::module_& m);
 void bind_device(nanobind::module_& m);

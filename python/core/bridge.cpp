@@ -194,14 +194,15 @@ void bind_bridge(nb::module_& m) {
   nb::class_<Bridge>(m, "Bridge", "How the arrays of one framework are read.")
       .def(
           "__init__",
-          [](Bridge* self, nb::object type, nb::dict keywords, nb::object reinterpret, nb::object result,
-             nb::object current_stream, nb::object empty_like, nb::object inspect, nb::object is_negated, bool exchange,
-             bool ordered, bool immutable) {
+          [](Bridge* self, nb::object type, nb::dict keywords, nb::object reinterpret, nb::object empty,
+             nb::object dtypes, nb::object current_stream, nb::object empty_like, nb::object inspect,
+             nb::object is_negated, bool exchange, bool ordered, bool immutable) {
             new (self) Bridge{.type = type,
                               .keywords = keywords,
                               .reinterpret = reinterpret,
                               .current_stream = current_stream,
-                              .result = result,
+                              .empty = empty,
+                              .dtypes = dtypes,
                               .empty_like = empty_like,
                               .inspect = inspect,
                               .is_negated = is_negated,
@@ -211,12 +212,14 @@ void bind_bridge(nb::module_& m) {
                               .wary_of_grad = !inspect.is_none()};
             prepare_keywords(*self);
           },
-          nb::arg("type"), nb::arg("keywords"), nb::arg("reinterpret"), nb::arg("result"),
-          nb::arg("current_stream").none() = nb::none(), nb::arg("empty_like").none() = nb::none(),
-          nb::arg("inspect").none() = nb::none(), nb::arg("is_negated").none() = nb::none(),
-          nb::arg("exchange") = false, nb::arg("ordered") = false, nb::arg("immutable") = false,
-          nb::sig("def __init__(self, type: type, keywords: dict[str, object], reinterpret: object, result: object, "
-                  "current_stream: object = None, empty_like: object = None, inspect: object = None, "
+          nb::arg("type"), nb::arg("keywords"), nb::arg("reinterpret"), nb::arg("empty"),
+          nb::arg("dtypes").none() = nb::none(), nb::arg("current_stream").none() = nb::none(),
+          nb::arg("empty_like").none() = nb::none(), nb::arg("inspect").none() = nb::none(),
+          nb::arg("is_negated").none() = nb::none(), nb::arg("exchange") = false, nb::arg("ordered") = false,
+          nb::arg("immutable") = false,
+          nb::sig("def __init__(self, type: type, keywords: dict[str, object], reinterpret: object, empty: object, "
+                  "dtypes: object = None, current_stream: object = None, empty_like: object = None, inspect: object = "
+                  "None, "
                   "is_negated: object = None, exchange: bool = False, ordered: bool = False, "
                   "immutable: bool = False) -> None"))
       .def_rw("wary_of_grad", &Bridge::wary_of_grad)

@@ -16,14 +16,15 @@ namespace nb = nanobind;
 
 /// What interop.py knows of a framework, in the form that the hot path needs.
 struct Bridge {
-  nb::object type;                // every array of a call is an instance of it
-  nb::object keywords;            // dict: given to `__dlpack__`
-  nb::object reinterpret;         // for an array that refuses `__dlpack__`: -> (array, dtype name or "")
-  nb::object current_stream;      // device index -> the framework's current stream, or None
-  nb::object result;              // (q, v, stream) -> a new array for attention's out
-  nb::object empty_like;          // its short cut where out is just like a dense q; or None
-  nb::object inspect;             // told of an array that is negated or wants a gradient; may refuse it; or None
-  nb::object is_negated;          // array -> whether its values are the negatives of its bits, or None
+  nb::object type;            // every array of a call is an instance of it
+  nb::object keywords;        // dict: given to `__dlpack__`
+  nb::object reinterpret;     // for an array that refuses `__dlpack__`: -> (array, dtype name or "")
+  nb::object current_stream;  // device index -> the framework's current stream, or None
+  nb::object empty;           // (array, sizes…, dtype=…, stream=…) -> a new dense array where that array is
+  nb::object dtypes;          // dict: what that takes for a dtype, by name, and it takes no stream; or None: the names
+  nb::object empty_like;      // its short cut for an array just like that one, which is dense; or None
+  nb::object inspect;         // told of an array that is negated or wants a gradient; may refuse it; or None
+  nb::object is_negated;      // array -> whether its values are the negatives of its bits, or None
   nb::object keyword_names = {};  // `keywords` as vector calls take them: a tuple of names, then the values
   std::vector<nb::object> keyword_values = {};
   const dl::ExchangeApi* api = nullptr;  // the C table, instead of `__dlpack__`
@@ -38,7 +39,7 @@ const dl::ExchangeApi* exchange_api(nb::handle type);
 /// function(array), by the shortest way. Throws python_error.
 nb::object ask(nb::handle function, nb::handle array);
 
-enum class Access { read, write, fresh };  // fresh: to be written, and just made by the framework itself
+enum class Access { read, write, fresh };  // fresh: no values in it yet, or none that matter
 
 /// Whether arrays that want a gradient are pointed out to the framework.
 enum class Grads { ignored, mentioned };
@@ -54,6 +55,9 @@ class Reader {
 
   /// The stream to run on, for work on `device`.
   Stream stream(Device device) const;
+
+  const Bridge& bridge() const { return bridge_; }
+  nb::handle given_stream() const { return stream_; }
 
  private:
   void inspect(nb::handle array, Access access) const;

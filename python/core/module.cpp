@@ -18,6 +18,7 @@ NB_MODULE(_core, m) {
   bind_array(m);
   bind_attention(m);
   bind_shortcut(m);
+  bind_onlookers(m);
   bind_primitives(m);
   bind_memory(m);
   bind_device(m);

@@ -1,11 +1,13 @@
 // `flashcore.attention` as a callable that makes the plainest calls itself: three arrays and no more than causal,
-// scale, layout and out. Others, and those that fail, go to the Python function, which knows every option and error.
+// scale, layout, return_lse, out and lse. Others, and those that fail, go to the Python function, which knows every
+// option and error.
 #include "shortcut.h"
 
 #include <structmember.h>
 
 #include <cstddef>
 #include <exception>
+#include <optional>
 
 namespace flashcore::python {
 
@@ -22,8 +24,9 @@ struct Shortcut {
   PyObject* attributes;
   PyObject* weak_references;
   PyObject* function;
-  PyObject* known;     // type -> Framework
-  PyTypeObject* type;  // the type last looked up there, and its bridge
+  PyObject* known;        // type -> Framework
+  PyObject* bridge_name;  // of the framework's bridge, among its attributes
+  PyTypeObject* type;     // the type last looked up there, and its bridge
   PyObject* bridge;
   const Bridge* native;  // null where the framework's results need finishing in Python
 };
@@ -33,7 +36,7 @@ const Bridge* bridge_of(Shortcut& self, PyTypeObject* type) {
   if (type == self.type) return self.native;
   PyObject* framework = PyDict_GetItem(self.known, reinterpret_cast<PyObject*>(type));
   if (!framework) return nullptr;
-  nb::object bridge = nb::handle(framework).attr("bridge");
+  nb::object bridge = nb::handle(framework).attr(nb::handle(self.bridge_name));
   self.native = &nb::cast<const Bridge&>(bridge);
   if (self.native->immutable) self.native = nullptr;
   Py_INCREF(type);
@@ -44,30 +47,65 @@ const Bridge* bridge_of(Shortcut& self, PyTypeObject* type) {
   return self.native;
 }
 
+/// Python's own copy of a name or a word; the compiler interns those in a call, so that addresses can be compared.
+const PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+bool read_causal(nb::handle value, Mask& mask) {
+  static const PyObject* const top_left = interned("top_left");
+  static const PyObject* const bottom_right = interned("bottom_right");
+  if (value.is(Py_True))
+    mask = Mask::causal();
+  else if (value.is(top_left))
+    mask = Mask::top_left();
+  else if (value.is(bottom_right))
+    mask = Mask::bottom_right();
+  return value.is(Py_False) || mask.kind != Causal::none;
+}
+
+bool read_scale(nb::handle value, std::optional<double>& scale) {
+  if (PyFloat_CheckExact(value.ptr())) scale = PyFloat_AsDouble(value.ptr());
+  return value.is_none() || scale.has_value();
+}
+
+bool read_layout(nb::handle value, Layout& layout) {
+  static const PyObject* const bhsd = interned("bhsd");
+  static const PyObject* const bshd = interned("bshd");
+  if (value.is(bshd)) layout = Layout::bshd;
+  return value.is(bhsd) || value.is(bshd);
+}
+
+bool read_flag(nb::handle value, bool& flag) {
+  flag = value.is(Py_True);
+  return flag || value.is(Py_False);
+}
+
+bool take(nb::handle value, nb::handle& target) {
+  target = value;
+  return true;
+}
+
 /// Reads what stands beside the arrays; false where that is more than the shortcut knows.
-bool read_words(PyObject* names, PyObject* const* values, AttentionOptions& options, nb::handle& out) {
-  static PyObject* const causal = PyUnicode_InternFromString("causal");
-  static PyObject* const scale = PyUnicode_InternFromString("scale");
-  static PyObject* const layout = PyUnicode_InternFromString("layout");
-  static PyObject* const bhsd = PyUnicode_InternFromString("bhsd");
-  static PyObject* const bshd = PyUnicode_InternFromString("bshd");
-  static PyObject* const out_name = PyUnicode_InternFromString("out");
+bool read_words(PyObject* names, PyObject* const* values, AttentionOptions& options, Wanted& wanted) {
+  static const PyObject* const causal = interned("causal");
+  static const PyObject* const scale = interned("scale");
+  static const PyObject* const layout = interned("layout");
+  static const PyObject* const return_lse = interned("return_lse");
+  static const PyObject* const out = interned("out");
+  static const PyObject* const lse = interned("lse");
   const Py_ssize_t count = names ? PyTuple_Size(names) : 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    const PyObject* name = PyTuple_GetItem(names, i);  // the compiler interns the names and words in a call
+    const PyObject* name = PyTuple_GetItem(names, i);
     const nb::handle value = values[i];
-    if (name == causal && value.is(Py_True))
-      options.mask = Mask::causal();
-    else if (name == scale && PyFloat_CheckExact(value.ptr()))
-      options.scale = PyFloat_AsDouble(value.ptr());
-    else if (name == layout && value.is(bshd))
-      options.layout = Layout::bshd;
-    else if (name == out_name)
-      out = value;
-    else if (!(name == causal && value.is(Py_False)) && !(name == scale && value.is_none()) &&
-             !(name == layout && value.is(bhsd)))
-      return false;
+    const bool known = name == causal       ? read_causal(value, options.mask)
+                       : name == scale      ? read_scale(value, options.scale)
+                       : name == layout     ? read_layout(value, options.layout)
+                       : name == return_lse ? read_flag(value, wanted.with_lse)
+                       : name == out        ? take(value, wanted.out)
+                       : name == lse        ? take(value, wanted.lse)
+                                            : false;
+    if (!known) return false;
   }
+  wanted.layout = options.layout;
   return true;
 }
 
@@ -76,9 +114,9 @@ nb::object call_directly(Shortcut& self, PyObject* const* args, Py_ssize_t posit
   if (positional != kArrays || args[1] == Py_None || args[2] == Py_None) return {};
   const Bridge* bridge = bridge_of(self, Py_TYPE(args[0]));
   AttentionOptions options;
-  nb::handle out = Py_None;
-  if (!bridge || !read_words(names, args + kArrays, options, out)) return {};
-  return attend(*bridge, args[0], args[1], args[2], out, options);
+  Wanted wanted{.out = Py_None, .lse = Py_None};
+  if (!bridge || !read_words(names, args + kArrays, options, wanted)) return {};
+  return attend(*bridge, args[0], args[1], args[2], wanted, options);
 }
 
 PyObject* call(PyObject* callable, PyObject* const* args, std::size_t nargsf, PyObject* names) {
@@ -134,7 +172,7 @@ nb::object new_type() {
 }
 
 /// Lives as long as the function it stands for: for ever.
-nb::object shortcut(nb::object function, nb::dict known) {
+nb::object shortcut(nb::object function, nb::dict known, nb::object bridge) {
   static const nb::object type = new_type();
   nb::object object = nb::steal(PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(type.ptr()), 0));
   if (!object.is_valid()) throw nb::python_error();
@@ -142,15 +180,18 @@ nb::object shortcut(nb::object function, nb::dict known) {
   self.vectorcall = call;
   self.function = function.release().ptr();
   self.known = known.release().ptr();
+  self.bridge_name = bridge.release().ptr();
   return object;
 }
 
 }  // namespace
 
 void bind_shortcut(nb::module_& m) {
-  m.def("shortcut", &shortcut, nb::arg("function"), nb::arg("known"),
-        nb::sig("def shortcut(function: object, known: object) -> object"),
-        "`function`, which is `flashcore.attention`, with its plainest calls made without entering Python");
+  m.def(
+      "shortcut", &shortcut, nb::arg("function"), nb::arg("known"), nb::arg("bridge"),
+      nb::sig("def shortcut(function: object, known: object, bridge: str) -> object"),
+      "`function`, which is `flashcore.attention`, with its plainest calls made without entering Python, by the bridge "
+      "that a framework has under this name");
 }
 
 }  // namespace flashcore::python

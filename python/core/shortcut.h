@@ -3,13 +3,13 @@
 
 #include <nanobind/nanobind.h>
 
-#include "bridge.h"
 #include "flashcore/attention.h"
+#include "results.h"
 
 namespace flashcore::python {
 
-/// Attention of three arrays, written to `out` or, where that is None, to a new array. Returns the array written to.
-nb::object attend(const Bridge& bridge, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
+/// Attention of three arrays. Returns out or, where lse is given or wanted, (out, lse).
+nb::object attend(const Bridge& bridge, nb::handle q, nb::handle k, nb::handle v, const Wanted& wanted,
                   const AttentionOptions& options);
 
 void bind_shortcut(nb::module_& m);

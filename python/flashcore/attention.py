@@ -9,14 +9,15 @@ from typing import Any, Optional, TypeVar, cast
 
 from . import _core
 from .interop import Framework, classify, known, stream_handle
-from .options import LAYOUTS, ROW_ORDER, Causal, Layout, Window, convert, word
+from .options import LAYOUTS, Causal, Layout, Window, convert, word
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _shortcut(function: _Function) -> _Function:
-    """The same function; calls with no more than arrays, causal, scale, layout and out are made without entering it."""
-    return cast(_Function, update_wrapper(cast(Any, _core.shortcut(function, known)), function))
+    """The same function; calls with no more than arrays, causal, scale, layout, return_lse, out and lse
+    are made without entering it."""
+    return cast(_Function, update_wrapper(cast(Any, _core.shortcut(function, known, "bridge")), function))
 
 
 @_shortcut
@@ -91,7 +92,7 @@ def attention(
         q, k, v = _unpack(framework, q, v, layout)
     arrays = (q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale, None, None, seqused_k)
     options = convert(layout, causal, window, scale, softcap, dropout_p, seed, False, kernel)
-    return _forward(framework, arrays, options, layout, _UNKNOWN, return_lse, out, lse, stream)
+    return _forward(framework, arrays, options, _UNKNOWN, return_lse, out, lse, stream)
 
 
 def attention_varlen(
@@ -157,7 +158,7 @@ def attention_varlen(
     )
     options = convert("thd", causal, window, scale, softcap, dropout_p, seed, False, kernel)
     bounds = (_bound(max_seqlen_q), _bound(max_seqlen_k))
-    return _forward(framework, arrays, options, "thd", bounds, return_lse, out, lse, stream)
+    return _forward(framework, arrays, options, bounds, return_lse, out, lse, stream)
 
 
 def attention_decode(
@@ -230,12 +231,10 @@ def attention_decode(
         layout, "bottom_right" if causal is True else causal, window, scale, softcap, 0.0, 0, False, kernel
     )
     handle = None if stream is None else stream_handle(stream)
-    if return_lse and lse is None:
-        lse = framework.rows(q, ROW_ORDER[layout], handle)
-    out = _core.decode(
-        framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, handle
+    results = _core.decode(
+        framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, return_lse, handle
     )
-    return finished(framework, out, lse)
+    return finished(framework, results)
 
 
 def attention_backward(
@@ -289,18 +288,13 @@ def attention_backward(
     layout_word = "thd" if cu_seqlens_q is not None else layout
     options = convert(layout_word, causal, window, scale, softcap, dropout_p, seed, deterministic, kernel)
     inputs = (q, k, v, mask, bias, alibi_slopes, sinks, None, None, None, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    wanted = (True, True, True, bias is not None, sinks is not None)
-    given = gradients(
-        inputs,
-        (out, lse),
-        (dout, dlse),
-        (dq, dk, dv, None, None),
-        wanted,
-        options,
-        (_bound(max_seqlen_q), _bound(max_seqlen_k)),
-        stream,
+    wanted, bounds = wanted_gradients(inputs), (_bound(max_seqlen_q), _bound(max_seqlen_k))
+    framework = known.get(type(q)) or classify(q)
+    handle = None if stream is None else stream_handle(stream)
+    grads = _core.backward(
+        framework.bridge, inputs, (out, lse), (dout, dlse), (dq, dk, dv, None, None), wanted, options, *bounds, handle
     )
-    return tuple(gradient for gradient, want in zip(given, wanted, strict=True) if want)
+    return chosen(finished(framework, grads), wanted)
 
 
 def merge_states(
@@ -329,16 +323,10 @@ def merge_states(
     framework = known.get(type(out_a)) or classify(out_a, "out_a")
     number = word("layout", layout, LAYOUTS)
     handle = None if stream is None else stream_handle(stream)
-    if out is None:
-        out = framework.like(out_a, handle)
-    if lse is None:
-        lse = framework.rows(out_a, ROW_ORDER[layout], handle)
-    _core.merge_states(framework.bridge, (out_a, lse_a, out_b, lse_b), (out, lse), number, handle)
-    return finished(framework, out, lse)  # type: ignore[no-any-return]
+    results = _core.merge_states(framework.bridge, (out_a, lse_a, out_b, lse_b), (out, lse), number, handle)
+    return finished(framework, results)  # type: ignore[no-any-return]
 
 
-#: the places of q_descale, k_descale, v_descale, cu_seqlens_q and cu_seqlens_k among the arrays, left empty
-NO_LENGTHS = (None,) * 5
 #: the bounds on the sequence lengths, where none are known
 _UNKNOWN = (-1, -1)
 
@@ -346,68 +334,27 @@ _UNKNOWN = (-1, -1)
 # ---- what the calls share ------------------------------------------------------------------------------------------
 
 
-def gradients(
-    inputs: tuple[Any, ...],
-    outputs: tuple[Any, Any],
-    cotangents: tuple[Any, Any],
-    given: tuple[Any, ...],
-    wanted: tuple[bool, ...],
-    options: _core.Options,
-    bounds: tuple[int, int] = _UNKNOWN,
-    stream: Any = None,
-) -> list[Any]:
-    """(dq, dk, dv, dbias, dsinks): those wanted, written to the arrays given or to new ones; None for the others."""
-    framework = known.get(type(inputs[0])) or classify(inputs[0])
-    handle = None if stream is None else stream_handle(stream)
-    grads = new_gradients(framework, inputs, given, wanted, handle)
-    _core.backward(framework.bridge, inputs, outputs, cotangents, tuple(grads), options, *bounds, handle)
-    return grads if framework.finish is None else [framework.finish(gradient) for gradient in grads]
+def wanted_gradients(inputs: tuple[Any, ...]) -> tuple[bool, ...]:
+    """Which of (dq, dk, dv, dbias, dsinks) a backward call gives, for all that can have one."""
+    return True, True, True, inputs[4] is not None, inputs[6] is not None
 
 
-def new_gradients(
-    framework: Framework, inputs: tuple[Any, ...], given: tuple[Any, ...], wanted: tuple[bool, ...], handle: Any
-) -> list[Any]:
-    """The arrays to write gradients to: those given, or new ones of the caller's framework; None if not wanted."""
-    q, k, v, bias, sinks = inputs[0], inputs[1], inputs[2], inputs[4], inputs[6]
-    try:
-        return [
-            (framework.like(source, handle) if target is None else target) if want else None
-            for source, target, want in zip((q, k, v, bias, sinks), given, wanted, strict=True)
-        ]
-    except AttributeError:
-        for name, array in (("k", k), ("v", v), ("bias", bias), ("sinks", sinks)):
-            if array is not None or name in "kv":
-                classify(array, name)  # says it, if it is not an array
-        raise
+def chosen(gradients: tuple[Any, ...], wanted: tuple[bool, ...]) -> tuple[Any, ...]:
+    """Those that are wanted."""
+    return tuple(gradient for gradient, want in zip(gradients, wanted, strict=True) if want)
 
 
-def results(
-    framework: Framework, q: Any, v: Any, layout: str, with_lse: bool, out: Any, lse: Any, stream: Optional[int]
-) -> tuple[Any, Any]:
-    """The arrays to write to: those given, or new ones of the caller's framework."""
-    if out is None:
-        try:
-            out = framework.result(q, v, stream)
-        except AttributeError:
-            classify(v, "v")  # says it, if v is not an array
-            raise
-    if with_lse and lse is None:
-        lse = framework.rows(q, ROW_ORDER[layout], stream)
-    return out, lse
-
-
-def finished(framework: Framework, out: Any, lse: Any) -> Any:
-    """What the caller gets: out, or (out, lse)."""
-    if framework.finish is not None:
-        out, lse = framework.finish(out), framework.finish(lse)
-    return out if lse is None else (out, lse)
+def finished(framework: Framework, results: Any) -> Any:
+    """What the caller gets for what the library returns: an array, or several."""
+    if framework.finish is None:
+        return results
+    return tuple(map(framework.finish, results)) if isinstance(results, tuple) else framework.finish(results)
 
 
 def _forward(
     framework: Framework,
     arrays: tuple[Any, ...],
     options: _core.Options,
-    layout: str,
     bounds: tuple[int, int],
     return_lse: bool,
     out: Any,
@@ -416,10 +363,8 @@ def _forward(
 ) -> Any:
     if stream is not None:
         stream = stream_handle(stream)
-    if return_lse and lse is None:
-        lse = framework.rows(arrays[0], ROW_ORDER[layout], stream)
-    out = _core.forward(framework.bridge, arrays, (out, lse), options, *bounds, stream)
-    return out if lse is None and framework.finish is None else finished(framework, out, lse)
+    results = _core.forward(framework.bridge, arrays, (out, lse), options, *bounds, return_lse, stream)
+    return finished(framework, results)
 
 
 def _unpack(framework: Framework, qkv: Any, v: Any, layout: str) -> tuple[Any, Any, Any]:

@@ -39,7 +39,7 @@ class Framework:
     finish: Optional[Callable[[Any], Any]] = None
 
     def __init__(self, array_type: type) -> None:
-        self.bridge = _core.Bridge(array_type, _VERSIONED, explain_refusal, self.result, ordered=True)
+        self.bridge = _core.Bridge(array_type, _VERSIONED, explain_refusal, self.empty_for, ordered=True)
 
     def shape(self, array: Any) -> tuple[int, ...]:
         return tuple(self.bridge.describe(array, "array")[0])
@@ -59,19 +59,9 @@ class Framework:
         _, _, cuda, index = self.bridge.describe(like, "array")
         return _core.empty(list(shape), dtype, cuda, index, stream or 0)
 
-    def result(self, q: Any, v: Any, stream: Optional[int]) -> Any:
-        """What attention writes: q's shape and dtype with v's last dimension; bfloat16 for float8."""
-        dtype = self.dtype(q)
-        if self.is_dtype(dtype, "float8_e4m3"):
-            dtype = self.named_dtype("bfloat16")
-        return self.empty(self.shape(q)[:-1] + self.shape(v)[-1:], dtype, q, stream)
-
-    def rows(self, q: Any, order: tuple[int, ...], stream: Optional[int]) -> Any:
-        """A number per query row: q's dimensions in the given order, float32 (float64 for float64)."""
-        shape = self.shape(q)
-        name = "float64" if self.is_dtype(self.dtype(q), "float64") else "float32"
-        rows = tuple(shape[i] for i in order) if len(shape) > len(order) else shape
-        return self.empty(rows, self.named_dtype(name), q, stream)
+    def empty_for(self, like: Any, *shape: int, dtype: str, stream: Optional[int]) -> Any:
+        """The same, for the library, which calls dtypes by their names."""
+        return self.empty(shape, self.named_dtype(dtype), like, stream)
 
     def like(self, array: Any, stream: Optional[int]) -> Any:
         return self.empty(self.shape(array), self.dtype(array), array, stream)
@@ -92,7 +82,6 @@ class NumPyLike(Framework):
     def __init__(self, module: Any, array_type: type) -> None:
         self.module = module
         self._empty = module.empty
-        self._float32 = module.dtype("float32")
 
     def shape(self, array: Any) -> tuple[int, ...]:
         return tuple(array.shape)
@@ -111,17 +100,6 @@ class NumPyLike(Framework):
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
         return self._empty(shape, dtype)
-
-    def result(self, q: Any, v: Any, stream: Optional[int]) -> Any:
-        dtype = q.dtype
-        if dtype.itemsize == 1:
-            return Framework.result(self, q, v, stream)
-        return self._empty(q.shape[:-1] + v.shape[-1:], dtype)
-
-    def rows(self, q: Any, order: tuple[int, ...], stream: Optional[int]) -> Any:
-        shape = q.shape
-        rows = tuple([shape[i] for i in order]) if len(shape) > len(order) else shape
-        return self.empty(rows, q.dtype if q.dtype.itemsize == 8 else self._float32, q, stream)
 
     def reinterpret(self, array: Any, name: str) -> tuple[Any, str]:
         """bfloat16 and float8 are extension dtypes that DLPack export refuses: lend the bits and say what they are."""
@@ -144,7 +122,7 @@ class NumPy(NumPyLike):
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.ndarray)
         self.bridge = _core.Bridge(
-            module.ndarray, _VERSIONED, self.reinterpret, self.result, empty_like=module.empty_like
+            module.ndarray, _VERSIONED, self.reinterpret, self.empty_for, empty_like=module.empty_like
         )
 
 
@@ -155,7 +133,7 @@ class CuPy(NumPyLike):
         super().__init__(module, module.ndarray)
         keywords = {"stream": -1, **_VERSIONED}
         self.bridge = _core.Bridge(
-            module.ndarray, keywords, self.reinterpret, self.result, current_stream=self.current_stream
+            module.ndarray, keywords, self.reinterpret, self.empty_for, current_stream=self.current_stream
         )
 
     def current_stream(self, index: int) -> int:
@@ -164,9 +142,6 @@ class CuPy(NumPyLike):
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
         with like.device:
             return self._empty(shape, dtype)
-
-    def result(self, q: Any, v: Any, stream: Optional[int]) -> Any:
-        return Framework.result(self, q, v, stream)
 
 
 class LazyNegation(TypeError):
@@ -181,7 +156,7 @@ class Torch(Framework):
         if os.environ.get("FLASHCORE_THREADS", "openmp") == "openmp":
             _core.use_openmp_threads()  # torch's own: on the CPU, two sets of threads would contend
         self.float8 = getattr(module, "float8_e4m3fn", None)
-        self.dtypes = {name: getattr(module, name) for name in ("float32", "float64", "bfloat16")}
+        self.dtypes = {name: getattr(module, name) for name in ("float16", "bfloat16", "float32", "float64")}
         self.dtypes["float8_e4m3"] = self.float8
         self.bridge, self.quiet = self._new_bridge(), self._new_bridge()
         self.quiet.wary_of_grad = False  # for flashcore.torch, which sees to gradients itself
@@ -191,7 +166,8 @@ class Torch(Framework):
             self.module.Tensor,
             {"stream": -1},
             self.reinterpret,
-            self.result,
+            self.module.Tensor.new_empty,
+            dtypes=self.dtypes,
             current_stream=self.current_stream,
             empty_like=self.module.empty_like,
             inspect=self.inspect,
@@ -243,18 +219,13 @@ class Torch(Framework):
         # torch reads sizes quicker than a tuple of sizes, and nothing quicker than a dtype
         return like.new_empty(*shape) if dtype is like.dtype else like.new_empty(*shape, dtype=dtype)
 
-    def rows(self, q: Any, order: tuple[int, ...], stream: Optional[int]) -> Any:
-        shape, dtype = q.shape, q.dtype
-        rows = [shape[i] for i in order] if len(shape) > len(order) else shape
-        return self.empty(rows, dtype if dtype is self.dtypes["float64"] else self.dtypes["float32"], q, stream)
-
 
 class Jax(Framework):
     """Eager JAX arrays. They are immutable, so results are written to memory of our own and then given to JAX."""
 
     def __init__(self, module: Any, array_type: type) -> None:
         self.module = module
-        self.bridge = _core.Bridge(array_type, _NO_KEYWORDS, explain_refusal, self.result, immutable=True)
+        self.bridge = _core.Bridge(array_type, _NO_KEYWORDS, explain_refusal, self.empty_for, immutable=True)
 
     def shape(self, array: Any) -> tuple[int, ...]:
         return tuple(array.shape)

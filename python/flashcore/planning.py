@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from . import _core
-from .attention import _bound, _unpack, finished, new_gradients, results
+from .attention import _bound, _unpack, chosen, finished, wanted_gradients
 from .device import Device, parse_device
 from .interop import Framework, classify, known, stream_handle
-from .options import DECODE_ARRAYS, FORWARD_ARRAYS, convert
+from .options import DECODE_ARRAYS, FORWARD_ARRAYS, LAYOUTS, convert
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -178,21 +178,24 @@ class Plan:
             return self._gradients(framework, (q, k, v), (out, lse), others, handle)
         if k is None:
             q, k, v = _unpack(framework, q, v, self._layout)
-        if out is None or self._with_lse:
-            out, lse = results(framework, q, v, self._layout, self._with_lse, out, lse, handle)
+        layout = LAYOUTS[self._layout]
         if self._phase == "decode":
             arrays = (q, *_take(others, DECODE_ARRAYS))
             interleaved = bool(others.pop("rotary_interleaved", False))
             _refuse_unknown(others)
-            self._core.run_decode(framework.bridge, arrays, (k, v), interleaved, (out, lse), handle)
+            results = self._core.run_decode(
+                framework.bridge, arrays, (k, v), interleaved, (out, lse), layout, self._with_lse, handle
+            )
         else:
             arrays, bounds = (q, k, v, *_NO_FORWARD_ARRAYS), (-1, -1)
             if others:
                 bounds = _take_bounds(others)
                 arrays = (q, k, v, *_take(others, FORWARD_ARRAYS))
                 _refuse_unknown(others)
-            self._core.run_forward(framework.bridge, arrays, (out, lse), *bounds, handle)
-        return finished(framework, out, lse)
+            results = self._core.run_forward(
+                framework.bridge, arrays, (out, lse), layout, *bounds, self._with_lse, handle
+            )
+        return finished(framework, results)
 
     def _gradients(
         self,
@@ -206,11 +209,11 @@ class Plan:
         bounds = _take_bounds(others)
         arrays = (*inputs, *_take(others, FORWARD_ARRAYS))
         _refuse_unknown(others)
-        wanted = (True, True, True, arrays[4] is not None, arrays[6] is not None)
-        grads = new_gradients(framework, arrays, (*given, None, None), wanted, handle)
-        self._core.run_backward(framework.bridge, arrays, outputs, cotangents, tuple(grads), *bounds, handle)
-        found = [gradient for gradient, want in zip(grads, wanted, strict=True) if want]
-        return tuple(found if framework.finish is None else map(framework.finish, found))
+        wanted = wanted_gradients(arrays)
+        grads = self._core.run_backward(
+            framework.bridge, arrays, outputs, cotangents, (*given, None, None), wanted, *bounds, handle
+        )
+        return chosen(finished(framework, grads), wanted)
 
 
 def plan(q: Any, k: Any = None, v: Any = None, **options: Unpack[AttentionKeywords]) -> Plan:

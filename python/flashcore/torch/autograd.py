@@ -17,6 +17,7 @@ from . import ops
 from .ops import DIFFERENTIABLE, TENSORS
 
 _COUNT = len(TENSORS)
+_NOTHING = (None,) * _COUNT
 _TWICE = "flashcore.torch.{} can be differentiated once; its gradients have no gradient"
 
 
@@ -97,35 +98,41 @@ Attention.forward.__signature__ = Signature(  # type: ignore[attr-defined]
 
 
 class EagerAttention(torch.autograd.Function):
-    """(call, constants, q, k, v, bias, sinks) -> (out, lse).
+    """(call, tensors…) -> out or, where lse has a gradient, (out, lse).
 
-    call is (options, layout, bounds, whether lse has a gradient); constants are the other tensors of TENSORS in order.
+    call is (options, bounds, whether lse has a gradient); tensors are those of TENSORS, but those at the end that are
+    all None: autograd takes time for each.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Any, constants: Any, q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
-        options, layout, bounds, lse_used = call
-        mask, alibi_slopes, *others = constants
-        tensors = (q, k, v, mask, bias, alibi_slopes, sinks, *others)
-        out, lse = ops.forward(tensors, options, layout, bounds, True)
-        ctx.save_for_backward(*tensors, out, lse)
+    def forward(ctx: Any, call: Any, *tensors: Any) -> Any:
+        options, bounds, lse_used = call
+        results = ops.forward(tensors + _NOTHING[len(tensors) :], options, bounds, True)
+        ctx.save_for_backward(*tensors, *results)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        if not lse_used:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
+        return results if lse_used else results[0]
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple[Any, ...]:
+        count = len(ctx.needs_input_grad)
         if dout is None and dlse is None:
-            return (None,) * 7
+            return (None,) * count
+        needs = ctx.needs_input_grad[1:] + (False,) * (_COUNT + 1 - count)
         differentiate = _EagerGradients.apply if torch.is_grad_enabled() else _eager_gradients
-        return None, None, *differentiate(ctx.call, ctx.needs_input_grad[2:], dout, dlse, *ctx.saved_tensors)
+        wanted = _wanted(needs)
+        grads = differentiate(ctx.call, wanted, dout, dlse, *ctx.saved_tensors)
+        return (None, *_placed(grads, wanted, _COUNT)[: count - 1])
+
+
+#: EagerAttention.apply without its care for torch.func, which does not look on there
+record = super(torch.autograd.Function, EagerAttention).apply  # type: ignore[misc]
 
 
 def _eager_gradients(call: Any, wanted: Any, dout: Any, dlse: Any, *saved: Any) -> tuple[Any, ...]:
-    options, _, bounds, _ = call
-    return ops.backward((dout, dlse), saved[_COUNT:], saved[:_COUNT], wanted, options, bounds)
+    options, bounds, _ = call
+    tensors = saved[:-2] + _NOTHING[len(saved) - 2 :]
+    return ops.backward((dout, dlse), saved[-2:], tensors, wanted, options, bounds)
 
 
 class _EagerGradients(_Final):

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
+from .. import _core
 from ..attention import _bound, _unpack
-from ..attention import attention as attend
-from ..interop import LazyNegation, qualified
+from ..attention import attention as _whole_attention
+from ..interop import LazyNegation, known, qualified
 from ..options import Causal, Layout, Window, convert
 from . import batching, ops  # noqa: F401  (batching registers its rules)
-from .autograd import Attention, EagerAttention, MergeStates, refuse_constants
+from .autograd import Attention, MergeStates, record, refuse_constants
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _UNKNOWN = (-1, -1)
+_CONSTANT = tuple(i for i in range(len(ops.TENSORS)) if i not in ops.DIFFERENTIABLE)
 _CAST = tuple(ops.TENSORS.index(name) for name in ("q", "k", "v", "bias"))  # by autocast
 
-# Private names of torch; where one is missing, every call takes the road of the operators.
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_functorch_level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: 1)
+#: the roads of a call
+OPERATORS, LIBRARY, AUTOGRAD = range(3)
+
+is_compiling = torch.compiler.is_compiling
 _forward_ad = torch.autograd.forward_ad
+# Private names of torch; where one is missing, every call takes the road of the operators.
+_onlookers = _core.Onlookers(
+    frozenset((Tensor, torch.nn.Parameter)),
+    [
+        (getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1), 0),
+        (getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: 1), None),
+    ],
+    vars(_forward_ad),
+    "_current_level",
+    torch.is_grad_enabled,
+)
+#: a tuple of tensors, the first of them not None -> the road of the call, unless a compiler looks on
+road_of = _onlookers.road
+casts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # on some device
+#: `flashcore.attention`, without its warning about gradients
+attend = _core.shortcut(inspect.unwrap(_whole_attention), known, "quiet")
 
 _Result = Union[Tensor, tuple[Tensor, Tensor]]
 
@@ -71,9 +91,13 @@ def attention(
     plain = plain and window is None and softcap == 0 and dropout_p == 0 and seed is None and kernel is None
     plain = plain and q_descale is None and k_descale is None and v_descale is None
     plain = plain and not return_lse and out is None and lse is None
-    if plain and k is not None and v is not None and _needs_nothing(q, k, v):
+    if plain and k is not None and v is not None and not (is_compiling() or casts()):
+        road = road_of((q, k, v))
         try:
-            return attend(q, k, v, causal=causal, scale=scale, layout=layout)
+            if road == LIBRARY:
+                return attend(q, k, v, causal=causal, scale=scale, layout=layout)  # type: ignore[no-any-return]
+            if road == AUTOGRAD:
+                return record_plain(q, k, v, causal, scale, layout, deterministic)
         except LazyNegation:
             pass
     if k is None:
@@ -194,23 +218,19 @@ def attention_decode(
     )
     given = (*tensors, k_cache, v_cache, out, lse)
     words = (layout, causal, window, scale, softcap, 0.0, 0, False, kernel)
-    eager = _is_eager(given)
-    if not eager:
+    road = _road(given)
+    if road == OPERATORS:
         _require_tensors((*ops.DECODE_TENSORS, "k_cache", "v_cache", "out", "lse"), given)
-    if torch.is_grad_enabled() and _any_grad(given):
+    if road == AUTOGRAD or road == OPERATORS and torch.is_grad_enabled() and _any_grad(given):
         _refuse_inference_only(tensors)
         if causal == "top_left":
             raise ValueError("decode is causal bottom-right; top_left was given")
         as_forward = (q, k_cache, v_cache, *tensors[7:], None, None, cache_seqlens)
         return _attend(as_forward, (*words[:6], 0, None, kernel), _UNKNOWN, return_lse, out, lse)
-    if eager:
+    if road == LIBRARY:
         try:
-            options = convert(*words)
-            return _result(
-                *ops.decode(
-                    tensors, (k_cache, v_cache), bool(rotary_interleaved), options, layout, return_lse, out, lse
-                )
-            )
+            options, caches = convert(*words), (k_cache, v_cache)
+            return ops.decode(tensors, caches, bool(rotary_interleaved), options, return_lse, out, lse)  # type: ignore[no-any-return]
         except LazyNegation:
             pass
     _refuse_out(out, lse)
@@ -236,10 +256,10 @@ def merge_states(
     recorded. Where neither state saw a key, the gradients are 0. Differentiating twice raises RuntimeError.
     """
     given = (out_a, lse_a, out_b, lse_b, out, lse)
-    eager = _is_eager(given)
-    if not eager:
+    road = _road(given)
+    if road == OPERATORS:
         _require_tensors(("out_a", "lse_a", "out_b", "lse_b", "out", "lse"), given)
-    if eager and not (torch.is_grad_enabled() and _any_grad(given)):
+    if road == LIBRARY:
         try:
             return ops.merge(given[:4], layout, out, lse)
         except LazyNegation:
@@ -266,14 +286,15 @@ def _attend(
         deterministic = torch.are_deterministic_algorithms_enabled()
     if (dtype := _autocast_dtype(tensors[0])) is not None:
         tensors = tuple(_cast(x, dtype) if i in _CAST else x for i, x in enumerate(tensors))
-    if _is_eager(tensors) and type(out) in _PLAIN and type(lse) in _PLAIN:
+    road = _road((*tensors, out, lse))
+    if road != OPERATORS:
         drawn = int(_draw_seed()) if seed is None and dropout_p > 0 else seed or 0
         options = convert(layout, causal, window, scale, softcap, dropout_p, drawn, deterministic, kernel)
         try:
-            if torch.is_grad_enabled() and _any_grad(tensors):
+            if road == AUTOGRAD:
                 _refuse_out(out, lse)
-                return _recorded(tensors, options, layout, bounds, return_lse)
-            return _result(*ops.forward(tensors, options, layout, bounds, return_lse, out, lse))
+                return _recorded(tensors, options, bounds, return_lse)
+            return ops.forward(tensors, options, bounds, return_lse, out, lse)  # type: ignore[no-any-return]
         except LazyNegation:
             seed = drawn
     _require_tensors(ops.TENSORS, tensors)
@@ -285,39 +306,30 @@ def _attend(
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
-def _recorded(tensors: Any, options: Any, layout: str, bounds: tuple[int, int], return_lse: bool) -> _Result:
-    q, k, v, mask, bias, alibi_slopes, sinks, *others = tensors
-    constants = (mask, alibi_slopes, *others)
-    if _any_grad(constants):
+def _recorded(tensors: Any, options: Any, bounds: tuple[int, int], return_lse: bool) -> _Result:
+    if _any_grad([tensors[i] for i in _CONSTANT]):
         refuse_constants([x is not None and x.requires_grad for x in tensors])
-    call = (options, layout, bounds, return_lse)
-    results = EagerAttention.apply(call, constants, q, k, v, bias, sinks)
-    return results if return_lse else results[0]  # type: ignore[no-any-return]
+    count = max(i for i, x in enumerate(tensors) if x is not None) + 1
+    return record((options, bounds, return_lse), *tensors[:count])  # type: ignore[no-any-return]
 
 
-def _needs_nothing(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the library's own call does: nobody looks on, no gradient is recorded, nothing is cast."""
-    if not _is_eager((q, k, v)) or _autocast_dtype(q) is not None:
-        return False
-    return not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad)
+def record_plain(
+    q: Tensor, k: Tensor, v: Tensor, causal: Causal, scale: Optional[float], layout: Layout, deterministic: Any = None
+) -> Tensor:
+    """Attention of three tensors, by autograd."""
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    options = convert(layout, causal, None, scale, 0.0, 0.0, 0, deterministic, None)
+    return record((options, _UNKNOWN, False), q, k, v)  # type: ignore[no-any-return]
 
 
-def _is_eager(tensors: tuple[Optional[Tensor], ...]) -> bool:
-    """Whether nobody looks on: no compiler, no functional transform, no dispatch mode, plain tensors with memory."""
-    return not (
-        torch.compiler.is_compiling()
-        or _modes()
-        or _functorch_level() is not None
-        or _forward_ad._current_level >= 0
-        or not _PLAIN.issuperset(map(type, tensors))
-        or tensors[0] is None
-        or tensors[0].is_meta
-    )
+def _road(tensors: tuple[Optional[Tensor], ...]) -> int:
+    return OPERATORS if is_compiling() else road_of(tensors)
 
 
 def _distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
     """torch.compile takes no tensor twice among the inputs of an autograd Function: views of it stand in."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return tensors
     distinct: list[Optional[Tensor]] = []
     for tensor in tensors:
@@ -327,15 +339,11 @@ def _distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], 
     return tuple(distinct)
 
 
-def _any_grad(tensors: tuple[Optional[Tensor], ...]) -> bool:
+def _any_grad(tensors: Sequence[Optional[Tensor]]) -> bool:
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
-
-
-def _result(out: Tensor, lse: Optional[Tensor]) -> _Result:
-    return out if lse is None else (out, lse)
 
 
 def _draw_seed() -> Tensor:
@@ -383,7 +391,7 @@ def _refuse_out(out: Optional[Tensor], lse: Optional[Tensor]) -> None:
 
 
 def _refuse_tangents(tensors: tuple[Optional[Tensor], ...]) -> None:
-    if torch.compiler.is_compiling() or _forward_ad._current_level < 0:
+    if is_compiling() or _forward_ad._current_level < 0:
         return
     if any(x is not None and _forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(

@@ -23,6 +23,7 @@ TENSORS = ("q", "k", "v", *FORWARD_ARRAYS)
 DIFFERENTIABLE = (0, 1, 2, 4, 6)
 #: the arrays of a decode call, in the order of `_core.decode`
 DECODE_TENSORS = ("q", *DECODE_ARRAYS)
+_NO_GRADIENTS = (None,) * len(DIFFERENTIABLE)
 
 
 class Words(NamedTuple):
@@ -99,18 +100,13 @@ def framework_of(tensor: Optional[Tensor]) -> Torch:
 def forward(
     tensors: tuple[Optional[Tensor], ...],
     options: _core.Options,
-    layout: str,
     bounds: tuple[int, int],
     with_lse: bool,
     out: Optional[Tensor] = None,
     lse: Optional[Tensor] = None,
-) -> tuple[Tensor, Optional[Tensor]]:
-    """out and, if wanted, lse. `tensors` are those of TENSORS."""
-    framework = framework_of(tensors[0])
-    if with_lse and lse is None:
-        lse = framework.rows(tensors[0], ROW_ORDER[layout], None)
-    result: Any = _core.forward(framework.quiet, tensors, (out, lse), options, *bounds, None)
-    return result, lse
+) -> Any:
+    """out or, where lse is given or wanted, (out, lse). `tensors` are those of TENSORS."""
+    return _core.forward(framework_of(tensors[0]).quiet, tensors, (out, lse), options, *bounds, with_lse, None)
 
 
 def backward(
@@ -122,14 +118,12 @@ def backward(
     bounds: tuple[int, int],
 ) -> tuple[Optional[Tensor], ...]:
     """(dq, dk, dv, dbias, dsinks), None where not wanted. `cotangents` are those of out and lse."""
-    framework = framework_of(results[0])
     dout, dlse = cotangents
     dout = torch.zeros_like(results[0]) if dout is None else dense_rows(dout)
-    grads = tuple(
-        [framework.like(tensors[i], None) if want else None for i, want in zip(DIFFERENTIABLE, wanted, strict=True)]
+    bridge = framework_of(results[0]).quiet
+    return _core.backward(  # type: ignore[no-any-return]
+        bridge, tensors, results, (dout, dlse), _NO_GRADIENTS, wanted, options, *bounds, None
     )
-    _core.backward(framework.quiet, tensors, results, (dout, dlse), grads, options, *bounds, None)
-    return grads
 
 
 def decode(
@@ -137,17 +131,13 @@ def decode(
     caches: tuple[Tensor, Tensor],
     interleaved: bool,
     options: _core.Options,
-    layout: str,
     with_lse: bool,
     out: Optional[Tensor] = None,
     lse: Optional[Tensor] = None,
-) -> tuple[Tensor, Optional[Tensor]]:
-    """out and, if wanted, lse. `tensors` are those of DECODE_TENSORS."""
-    framework = framework_of(tensors[0])
-    if with_lse and lse is None:
-        lse = framework.rows(tensors[0], ROW_ORDER[layout], None)
-    result: Any = _core.decode(framework.quiet, tensors, caches, interleaved, (out, lse), options, None)
-    return result, lse
+) -> Any:
+    """out or, where lse is given or wanted, (out, lse). `tensors` are those of DECODE_TENSORS."""
+    bridge = framework_of(tensors[0]).quiet
+    return _core.decode(bridge, tensors, caches, interleaved, (out, lse), options, with_lse, None)
 
 
 def merge(
@@ -157,11 +147,8 @@ def merge(
     lse: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse of (out_a, lse_a, out_b, lse_b)."""
-    framework = framework_of(states[0])
-    out = framework.like(states[0], None) if out is None else out
-    lse = framework.rows(states[0], ROW_ORDER[layout], None) if lse is None else lse
-    _core.merge_states(framework.quiet, states, (out, lse), word("layout", layout, LAYOUTS), None)
-    return out, lse
+    number = word("layout", layout, LAYOUTS)
+    return _core.merge_states(framework_of(states[0]).quiet, states, (out, lse), number, None)  # type: ignore[no-any-return]
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -211,14 +198,14 @@ def split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, Words, tupl
 def _forward(*arguments: Any) -> tuple[Tensor, Any]:
     (q, k, v, *others), drawn_seed, spoken, bounds = split(arguments)
     tensors = (dense_rows(q), dense_rows(k), dense_rows(v), *others)
-    return forward(tensors, spoken.options(drawn_seed), spoken.layout, bounds, True)
+    return forward(tensors, spoken.options(drawn_seed), bounds, True)  # type: ignore[no-any-return]
 
 
 def _backward(dout: Any, dlse: Any, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     before, wanted = arguments[: _COUNT + 1], arguments[_COUNT + 1]
     (q, k, v, *others), drawn_seed, spoken, bounds = split((*before, *arguments[_COUNT + 2 :]))
     tensors = (dense_rows(q), dense_rows(k), dense_rows(v), *others)
-    grads = backward((dout, dlse), (dense_rows(out), lse), tensors, wanted, spoken.options(drawn_seed), bounds)
+    grads = backward((dout, dlse), (dense_rows(out), lse), tensors, tuple(wanted), spoken.options(drawn_seed), bounds)
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in grads)
 
 
@@ -226,7 +213,7 @@ def _decode(k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> tuple[Tensor, 
     count = len(DECODE_TENSORS)
     interleaved, spoken = arguments[count], Words(*arguments[count + 1 :])
     tensors = tuple([dense_rows(x) if i in (0, 3, 4) and x is not None else x for i, x in enumerate(arguments[:count])])
-    return decode(tensors, (k_cache, v_cache), interleaved, spoken.options(), spoken.layout, True)
+    return decode(tensors, (k_cache, v_cache), interleaved, spoken.options(), True)  # type: ignore[no-any-return]
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str) -> tuple[Tensor, Tensor]:

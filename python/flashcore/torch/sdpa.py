@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from .._core import are_alike
 from ..device import device_count, device_info
 from ..options import Causal
-from .functional import attention
-from .ops import dense_rows
+from .functional import LIBRARY, OPERATORS, attend, attention, casts, is_compiling, record_plain, road_of
+from .ops import dense_rows, framework_of
 
 _NAME = "scaled_dot_product_attention"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,23 +53,23 @@ def scaled_dot_product_attention(
     Raises: RuntimeError where the call can never be valid, as torch's own; TypeError for what is no tensor. Compiled
     and transformed calls, dtypes under autocast and errors of differentiation are as in `flashcore.torch.attention`.
     """
+    if attn_mask is None and dropout_p == 0 and not (is_compiling() or casts()):
+        road = road_of((query, key, value))
+        causal: Causal = "top_left" if is_causal else False
+        try:
+            if road != OPERATORS and are_alike(framework_of(query).quiet, query, key, value):
+                if road == LIBRARY:
+                    return attend(query, key, value, causal=causal, scale=scale)  # type: ignore[no-any-return]
+                return record_plain(query, key, value, causal, scale, "bhsd")
+        except (ValueError, TypeError):
+            pass  # the long road knows what to do, or what to say
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{_NAME}: {name} must be a tensor, got {type(tensor).__qualname__}")
     try:
-        if attn_mask is None and dropout_p == 0 and _are_alike(query, key, value):
-            causal: Causal = (query.shape[2] == key.shape[2] or "top_left") if is_causal else False
-            q, k, v = dense_rows(query), dense_rows(key), dense_rows(value)
-            return attention(q, k, v, causal=causal, scale=scale)  # type: ignore[return-value]
         return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     except (ValueError, TypeError) as error:
         raise RuntimeError(f"{_NAME}: {error}") from error
-
-
-def _are_alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Four dimensions, the same batch and heads: nothing to broadcast."""
-    shape = query.shape
-    return len(shape) == 4 and shape[:2] == key.shape[:2] == value.shape[:2] and key.dim() == value.dim() == 4
 
 
 def _attend(
