@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import math
 import re
 import sys
@@ -27,7 +28,7 @@ import flashcore as fc
 import numpy as np
 from flashcore.bench import ceilings, provenance, report
 from flashcore.bench.arrays import NAMES, decode
-from flashcore.bench.results import check_writable, save
+from flashcore.bench.results import check_same_run, check_writable, save
 from flashcore.bench.stage import CACHES, Stage
 from flashcore.bench.statistics import summary
 from flashcore.bench.timing import Contender, Plan, take_rounds
@@ -35,6 +36,7 @@ from rich.console import Console
 from rich.progress import track
 
 OURS = "flashcore"
+INTERRUPTED = 130
 OPERATIONS = ("add", "sum", "max", "min", "mean")
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 SIZES_MIB, THOROUGH_MIB = (64, 256), 1024
@@ -293,6 +295,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--caches", choices=CACHES, default="rotate", help="what a call finds in the GPU's L2 cache")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON, after every case")
+    parser.add_argument("--resume", action="store_true", help="go on with the file of --save")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write CSV")
     return parser.parse_args()
 
@@ -303,35 +306,63 @@ def plan_of(given: argparse.Namespace) -> Plan:
     return Plan(*(usual[i] if word is None else word for i, word in enumerate(asked)))
 
 
-def main() -> int:
-    given = arguments()
-    try:
-        cases = [parse(line) for line in given.cases] or list(default_cases(given.thorough))
-        for path in filter(None, (given.save, given.csv)):
-            check_writable(path)
-        stage = Stage(given.device, caches=given.caches)
-    except ValueError as wrong:
-        print(f"primitives.py: {wrong}", file=sys.stderr)
-        return 2
-    plan = plan_of(given)
-    data: dict[str, Any] = {"machine": provenance.machine(stage), "ceilings": {"copy_gbs": ceilings.copy_gbs(stage)}}
+def begin(given: argparse.Namespace, stage: Stage, plan: Plan) -> dict[str, Any]:
+    """The result without a case, or with those that the file of --resume has. Raises ValueError for another run's."""
+    data: dict[str, Any] = {"machine": provenance.machine(stage), "ceilings": None}
     data |= {"settings": {"caches": stage.caches, "warm_up": plan.warm_up, "rounds": plan.rounds}, "cases": []}
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else report.WIDE)
-    for case in track(cases, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+    if given.resume and given.save.exists():
+        try:
+            old = json.loads(given.save.read_text(encoding="utf-8"))
+            done, copy = list(old["cases"]), float(old["ceilings"]["copy_gbs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{given.save}: not a result of primitives.py") from None
+        check_same_run(given.save, old, data["machine"], data["settings"])
+        return data | {"cases": done, "ceilings": {"copy_gbs": copy}}
+    return data
+
+
+def measure_all(cases: list[Case], stage: Stage, plan: Plan, data: dict[str, Any], path: Path | None) -> None:
+    data["ceilings"] = data["ceilings"] or {"copy_gbs": ceilings.copy_gbs(stage)}
+    done = {entry["case"] for entry in data["cases"]}
+    left = [case for case in cases if case.line not in done]
+    for case in track(left, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         entry = measure(case, stage, plan)
         stage.forget()
         for result in entry["results"].values():
             result["share_copy"] = result["gbs"] / data["ceilings"]["copy_gbs"]
         data["cases"].append(entry)
-        if given.save:
-            save(given.save, data)
-    show(console, data)
+        if path:
+            save(path, data)
+
+
+def main() -> int:
+    given = arguments()
+    try:
+        if given.resume and not given.save:
+            raise ValueError("--resume goes on with the file of --save, and none is given")
+        cases = [parse(line) for line in given.cases] or list(default_cases(given.thorough))
+        for path in filter(None, (given.save, given.csv)):
+            check_writable(path)
+        stage, plan = Stage(given.device, caches=given.caches), plan_of(given)
+        data = begin(given, stage, plan)
+    except ValueError as wrong:
+        print(f"primitives.py: {wrong}", file=sys.stderr)
+        return 2
+    try:
+        measure_all(cases, stage, plan, data, given.save)
+        status = 0
+    except KeyboardInterrupt:
+        where = f"are in {given.save}: the same words and --resume go on" if given.save else "were not saved"
+        print(f"\ninterrupted: {len(data['cases'])} cases {where}", file=sys.stderr)
+        status = INTERRUPTED
+    if data["cases"]:
+        show(Console(highlight=False, width=None if sys.stdout.isatty() else report.WIDE), data)
     if given.csv:
         with given.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows(data))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

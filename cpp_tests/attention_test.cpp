@@ -310,6 +310,12 @@ TEST(Explain, HelpNamesEveryWordOfTheGrammar) {
     EXPECT_NE(problem_line_help().find(word), std::string::npos) << word;
 }
 
+TEST(Explain, HelpShowsALineThatCanBeRead) {
+  const std::string help = problem_line_help();
+  const std::size_t begin = help.find("for example: \"") + 14;
+  EXPECT_NO_THROW(canonical_problem_line(help.substr(begin, help.rfind('"') - begin)));
+}
+
 // ---- the environment ------------------------------------------------------------------------------------------------
 
 TEST_P(OnEachDevice, LogOfPlansIsOneLineWithTheChosenKernel) {

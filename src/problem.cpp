@@ -389,7 +389,7 @@ std::string problem_line_help() {
          "h<heads_q>[/<heads_k>] d<head_dim>[/<head_dim_v>], then any of: varlen<total_q>/<total_k> page<size> "
          "append<keys> rotary<dim>[i] causal|causal_tl|causal_br window<left>,<right> (* is unbounded) softcap<x> "
          "dropout<p> seed<n> scale<x> out_<dtype> mask bias alibi sinks descale lse dlse dbias dsinks seqused "
-         "deterministic unaligned";
+         "deterministic unaligned\nfor example: \"fwd bf16 b2 q4096 k4096 h32/8 d128 causal\"";
 }
 
 std::string canonical_problem_line(std::string_view line) { return detail::to_line(detail::parse_problem(line)); }

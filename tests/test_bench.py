@@ -17,7 +17,20 @@ import numpy as np
 import pytest
 from flashcore import _core
 from flashcore.__main__ import main
-from flashcore.bench import arrays, calls, cases, compare, exact, ladder, peers, plot, provenance, results, run
+from flashcore.bench import (
+    arrays,
+    calls,
+    cases,
+    ceilings,
+    compare,
+    exact,
+    ladder,
+    peers,
+    plot,
+    provenance,
+    results,
+    run,
+)
 from flashcore.bench.stage import Stage
 from flashcore.bench.statistics import quartiles, summary
 from flashcore.bench.timing import Contender, Plan, take_rounds
@@ -370,6 +383,12 @@ def test_rates_follow_from_times_and_ceilings():
     assert result["gbs"] == pytest.approx(4 * 8 * 512 * 64 * 2 / 10e-6 / 1e9)
     assert result["share_matmul"] == pytest.approx(result["tflops"] / 500)
     assert result["share_copy"] == pytest.approx(result["gbs"] / 4000)
+
+
+def test_on_the_cpu_a_product_in_float32_is_a_ceiling_of_16_bits_too(monkeypatch):
+    stage = Stage("cpu", with_torch=False)
+    monkeypatch.setattr(ceilings, "_product_tflops", lambda _, d: {"fp16": 0.001, "fp32": 0.5, "bf16": 0.7}.get(d))
+    assert [ceilings.matmul_tflops(stage, dtype) for dtype in ("fp16", "bf16", "fp32", "fp64")] == [0.5, 0.7, 0.5, None]
 
 
 def test_the_ladder_climbs_from_the_scalar_kernel_to_the_chosen_one():

@@ -106,7 +106,37 @@ def test_a_run_writes_json_and_csv(tmp_path):
     assert len(files[1].read_text().splitlines()) == 1 + results
 
 
-@pytest.mark.parametrize("arguments", [["frob fp32 3"], ["--device", "moon"], ["--save", "/no/such/folder/a.json"]])
+def test_an_interrupted_run_keeps_its_cases_and_goes_on(primitives, tmp_path, monkeypatch, capsys):
+    path, lines = tmp_path / "a.json", ["add fp32 64", "sum fp32 64", "max fp32 64"]
+    usual = primitives.measure
+
+    def interrupted(case, *others):
+        if case.line == lines[1]:
+            raise KeyboardInterrupt
+        return usual(case, *others)
+
+    def status(*more):
+        words = [*lines, "--device", "cpu", "--iterations", "3", "--warm-up", "0", "--save", str(path), *more]
+        monkeypatch.setattr(sys, "argv", ["primitives.py", *words])
+        return primitives.main()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(primitives, "measure", interrupted)
+        assert status() == 130
+    assert f"1 cases are in {path}: the same words and --resume go on" in capsys.readouterr().err
+    first = json.loads(path.read_text())["cases"]
+    assert [entry["case"] for entry in first] == lines[:1]
+    assert status("--resume") == 0
+    whole = json.loads(path.read_text())["cases"]
+    assert [entry["case"] for entry in whole] == lines
+    assert whole[:1] == first
+    assert status("--resume", "--iterations", "4") == 2
+    assert "rounds 3 there, 4 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["frob fp32 3"], ["--device", "moon"], ["--save", "/no/such/folder/a.json"], ["--resume"]]
+)
 def test_bad_input_is_one_line(arguments):
     done = run(*arguments)
     assert done.returncode == 2

@@ -186,10 +186,7 @@ class Case:
 
 def parse(line: str) -> Case:
     """Raises ValueError: says which word cannot be read, and shows a line that can."""
-    try:
-        canonical = _core.canonical_problem_line(line)
-    except ValueError as error:
-        raise ValueError(f'{error}\nfor example: "{EXAMPLE}"') from None
+    canonical = _core.canonical_problem_line(line)
     phase, dtype, *words = canonical.split()
     sizes: dict[str, int] = {}
     others: dict[str, str] = {}
