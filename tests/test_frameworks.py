@@ -288,6 +288,23 @@ def test_torch_cuda_graph(rng, torch):
     np.testing.assert_allclose(xp.numpy(out), exact, atol=1e-5)
 
 
+def test_flashcore_arrays_are_read_without_waiting_on_their_own_stream(torch):
+    """A stream that is captured must not be waited for."""
+    _torch_cuda(torch)
+    stream = torch.cuda.Stream()
+    x, out = (fc._core.empty(shape, "float32", True, 0, stream.cuda_stream) for shape in ([64], []))
+    stream.synchronize()
+    torch.from_dlpack(x).fill_(1)
+    fc.reduce(x, out=out, stream=stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        fc.reduce(x, out=out, stream=stream)
+    torch.from_dlpack(x).fill_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.from_dlpack(out).item() == 128
+
+
 # ---- CuPy and JAX ----------------------------------------------------------------------------------------------------
 
 

@@ -166,7 +166,7 @@ nb::object Reader::call_dlpack(nb::handle array) const {
   if (bridge_.ordered && on_cuda(array)) {
     nb::dict keywords;
     keywords.update(nb::borrow<nb::dict>(bridge_.keywords));
-    const std::uintptr_t stream = stream_.is_none() ? 0 : nb::cast<std::uintptr_t>(stream_);
+    const std::int64_t stream = stream_.is_none() ? 0 : nb::cast<std::int64_t>(stream_);
     keywords["stream"] = stream == 0 ? 1 : stream;  // DLPack's word for the legacy default stream is 1
     const nb::object method = nb::steal(PyObject_GetAttr(array.ptr(), method_name));
     if (method.is_valid()) capsule = nb::steal(PyObject_Call(method.ptr(), nb::tuple().ptr(), keywords.ptr()));
@@ -227,7 +227,8 @@ void bind_bridge(nb::module_& m) {
       .def(
           "describe",
           [](const Bridge& self, nb::handle array, const char* name) {
-            Reader reader(self, nb::none());
+            const nb::int_ in_no_order(-1);  // what an array is does not wait for what lies in it
+            Reader reader(self, in_no_order);
             const TensorView view = reader.read(array, name);
             nb::list shape;
             for (int i = 0; i < view.rank; ++i) shape.append(view.shape[i]);
