@@ -43,7 +43,7 @@ auto tell() -> decltype(T::kTile, void()) {
 }
 
 template <class T>
-auto tell() -> decltype(T::kPartBytes, void()) {
+auto tell() -> decltype(T::kPairs, void()) {
   std::printf("%d\\n", small_shared_bytes<T>(kSmallParts));
 }
 """

@@ -22,6 +22,7 @@ void launch(const detail::Params& p, int parts, int device, Stream stream) {
   args.positional = tiles_differ(p.position);
   args.scale_log2 = static_cast<float>(p.score.scale) * tile::kLog2e;
   args.seqlen_q = static_cast<int>(size.seqlen_q);
+  args.threshold = kSmallGrowth / args.scale_log2;
   args.group = size.heads_q / size.heads_k;
   args.head_dim_v = size.head_dim_v;
   args.out = p.out;
@@ -52,14 +53,16 @@ void launch(const detail::Params& p, int parts, int device, Stream stream) {
 template <class Element>
 void launch_bucket(const detail::Params& p, int parts, int device, Stream stream) {
   const int head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
-  const int keys = small_keys(head_dim, p.size.seqlen_k, parts);
+  const auto [keys, steps] = small_shape(head_dim, p.size.seqlen_k, parts);
   if (head_dim <= 64) {
-    if (keys == 32) return launch<SmallTraits<Element, 64, 32>>(p, parts, device, stream);
-    if (keys == 64) return launch<SmallTraits<Element, 64, 64>>(p, parts, device, stream);
-    return launch<SmallTraits<Element, 64, 128>>(p, parts, device, stream);
+    if (keys == 32) return launch<SmallTraits<Element, 64, 32, 1>>(p, parts, device, stream);
+    if (keys == 64) return launch<SmallTraits<Element, 64, 64, 1>>(p, parts, device, stream);
+    if (steps == 1) return launch<SmallTraits<Element, 64, 128, 1>>(p, parts, device, stream);
+    return launch<SmallTraits<Element, 64, 128, 2>>(p, parts, device, stream);
   }
-  if (keys == 32) return launch<SmallTraits<Element, 128, 32>>(p, parts, device, stream);
-  launch<SmallTraits<Element, 128, 64>>(p, parts, device, stream);
+  if (keys == 32) return launch<SmallTraits<Element, 128, 32, 1>>(p, parts, device, stream);
+  if (steps == 1) return launch<SmallTraits<Element, 128, 64, 1>>(p, parts, device, stream);
+  launch<SmallTraits<Element, 128, 64, 2>>(p, parts, device, stream);
 }
 
 }  // namespace

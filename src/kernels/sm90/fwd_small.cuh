@@ -1,11 +1,11 @@
-// Hopper forward for problems that leave most of the chip idle: one block for 64 queries of a head, no loop.
+// Hopper forward for problems that leave most of the chip idle: one block for 64 queries of a head.
 //
-// All keys and values lie in shared memory at once, a part for each of up to four warpgroups, and all copies are queued
-// at the start. The warpgroups share the queries:
+// All keys and values lie in shared memory at once, and all copies are queued at the start. One or two warpgroups share
+// the queries; each is a part of the keys, in one or two steps:
 //
-//   S = Q·Kᵀ, softmax, O = P·V     each for its own keys, with its own maximum, as soon as they have come
-//   merge                          the output is cut into four pieces; each warpgroup gets its share of them from the
-//                                  others through shared memory, scales them to the common maximum and sum, and stores
+//   S0 = Q·K0ᵀ, S1 = Q·K1ᵀ queued;  soften S0;  O = P0·V0 queued;  soften S1 meanwhile;  O = O·correction + P1·V1
+//   merge                            of every two rows that a thread has, the one is finished by the first warpgroup,
+//                                    the other by the second: each sends the other what that finishes
 //
 // What counts here is the chain of latencies, not throughput; README.md beside this file has the measurements.
 #pragma once
@@ -13,7 +13,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "../../cuda/launch.cuh"
 #include "../params.h"
@@ -30,44 +29,48 @@
 
 namespace flashcore::sm90 {
 
-/// kHeadDim: the bucket, 64 or 128. kKeys: of one warpgroup.
-template <class Element_, int kHeadDim_, int kKeys_>
+/// kHeadDim: the bucket, 64 or 128. kKeys: of a step. kSteps: of a part.
+template <class Element_, int kHeadDim_, int kKeys_, int kSteps_>
 struct SmallTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kKeys = kKeys_;
+  static constexpr int kSteps = kSteps_;
   static constexpr int kPanels = kHeadDim / 64;  // of 128 bytes a row, swizzled
   static constexpr int kQBytes = kPanels * kSmallQueries * 128;
   static constexpr int kKBytes = kPanels * kKeys * 128;
-  static constexpr int kOutBytes = kSmallQueries * kHeadDim * 4;  // of a warpgroup, sent in its keys' and values' place
-  static constexpr int kPartBytes = 2 * kKBytes > kOutBytes ? 2 * kKBytes : kOutBytes;
+  static constexpr int kPartBytes = kSteps * 2 * kKBytes;  // keys and values
+  static constexpr int kPairs = kHeadDim / 8;              // of columns that a thread has of a row
 };
 
-/// What a warpgroup found for a row: the maximum as an exponent of 2 (−inf: it saw no key) and the sum of its weights.
+/// What a part found for a row: the maximum as an exponent of 2 (−inf: it saw no key) and the sum of its weights.
 struct SmallStats {
   float exponent;
   float sum;
 };
 
 /// Shared memory beside queries, keys and values.
+template <class Traits>
 struct SmallShared {
+  float4 sent[kSmallParts][Traits::kPairs / 2][128];  // a row of each thread, to the other part
   SmallStats stats[kSmallQueries][kSmallParts];
+  int spoilt[kSmallParts][kSmallQueries / 16];  // whether 16 rows of a part are not finite
   std::uint64_t full_q;
-  std::uint64_t full_k[kSmallParts];
-  std::uint64_t full_v[kSmallParts];
-  int spoilt[kSmallQueries / 16];  // whether any part of 16 rows is not finite
+  std::uint64_t full_k[kSmallParts][Traits::kSteps];
+  std::uint64_t full_v[kSmallParts][Traits::kSteps];
 };
 
 template <class Traits>
 constexpr int small_shared_bytes(int parts) {
   constexpr int kAlignment = 1024;
-  return Traits::kQBytes + parts * Traits::kPartBytes + static_cast<int>(sizeof(SmallShared)) + kAlignment;
+  return Traits::kQBytes + parts * Traits::kPartBytes + static_cast<int>(sizeof(SmallShared<Traits>)) + kAlignment;
 }
 
 /// What every block reads comes first: a miss in the constant cache costs a tenth of the whole run.
 struct SmallArgs {
   tile::KeyWindow window;
   float scale_log2;  // scale·log2e
+  float threshold;   // of the lazy maximum, in raw scores
   int seqlen_q;
   int group;        // query heads per key head
   bool positional;  // some query does not see some key
@@ -84,23 +87,25 @@ struct SmallArgs {
   detail::Params params;  // for rows that are done again
 };
 
-/// A warpgroup's keys: their weighted values, not yet divided by the sum.
+/// Keys and values of a step in shared memory.
+struct SmallBlock {
+  int first_key;
+  std::uint32_t s_k;  // the values lie behind the keys
+  std::uint32_t full_k;
+  std::uint32_t full_v;
+};
+
+/// A warpgroup's share: its weighted values, not yet divided by the sum.
 template <class Traits>
 struct SmallPart {
   static constexpr int kKeys = Traits::kKeys;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kPieces = 4;             // of the output: columns by halves, times the thread's rows
-  static constexpr int kPairs = kHeadDim / 16;  // pairs of columns of a thread in a piece
-  static constexpr int kPieceBytes = kPairs * 8 * 128;
   using Element = typename Traits::Element;
 
   float o[kHeadDim / 2] = {};
-  float exponent[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};
+  tile::OnlineSoftmax softmax;
 
-  __device__ __forceinline__ void compute(const SmallArgs& args, std::uint32_t s_q, std::uint32_t s_k, int first_key,
-                                          int row, int quad_lane, std::uint32_t full_v) {
-    float s[kKeys / 2];
+  static __device__ __forceinline__ void issue_scores(float (&s)[kKeys / 2], std::uint32_t s_q, std::uint32_t s_k) {
     const std::uint64_t q = ptx::descriptor(s_q, 16);
     const std::uint64_t k = ptx::descriptor(s_k, 16);
     ptx::keep(s);
@@ -110,57 +115,68 @@ struct SmallPart {
       ptx::Wgmma<kKeys, Element>::template shared<0>(s, q + step / 4 * (kSmallQueries * 128 >> 4) + step % 4 * 2,
                                                      k + step / 4 * (kKeys * 128 >> 4) + step % 4 * 2, step > 0);
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
     ptx::keep(s);
-    if (args.positional || first_key + kKeys > args.window.seqlen_k)
-      tile::mask_by_position(s, args.window, first_key, row, quad_lane);
-    soften(s, args.scale_log2);
-    std::uint32_t p[kKeys / 4];
-    tile::pack_weights<Element>(s, p);
+  }
 
-    ptx::barrier_wait(full_v, 0);
-    const std::uint64_t v = ptx::descriptor(s_k + Traits::kKBytes, kKeys * 128);
+  __device__ __forceinline__ void issue_values(std::uint32_t (&p)[kKeys / 8], std::uint32_t s_v) {
+    const std::uint64_t v = ptx::descriptor(s_v, kKeys * 128);
     ptx::keep(p);
     ptx::keep(o);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step)
+    for (int step = 0; step < kKeys / 32; ++step)
       ptx::Wgmma<kHeadDim, Element>::template registers<1>(o, p[4 * step], p[4 * step + 1], p[4 * step + 2],
                                                            p[4 * step + 3], v + step * (16 * 128 >> 4), 1);
     ptx::wgmma_commit();
+    ptx::keep(o);
+  }
+
+  /// All scores are queued at once; a block is softened while the next one's scores and the last one's values are
+  /// multiplied. Its own values are queued by halves, so that little is left to multiply at the end.
+  template <int kBlocks>
+  __device__ __forceinline__ void compute(const SmallArgs& args, std::uint32_t s_q, const SmallBlock (&blocks)[kBlocks],
+                                          int row, int quad_lane) {
+    float s[kBlocks][kKeys / 2];
+    std::uint32_t p[kBlocks][2][kKeys / 8];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      ptx::barrier_wait(blocks[i].full_k, 0);
+      issue_scores(s[i], s_q, blocks[i].s_k);
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      if (i == 0)
+        ptx::wgmma_wait<kBlocks - 1>();  // the next scores may still be multiplied
+      else
+        ptx::wgmma_wait<2>();  // both halves of the last values
+      ptx::keep(s[i]);
+      const int first_key = blocks[i].first_key;
+      if (args.positional || first_key + kKeys > args.window.seqlen_k)
+        tile::mask_by_position(s[i], args.window, first_key, row, quad_lane);
+      softmax.take_max(s[i], args.scale_log2, args.threshold);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float (&weights)[kKeys / 4] = reinterpret_cast<float (&)[kKeys / 4]>(s[i][half * kKeys / 4]);
+        softmax.exponentiate(weights, args.scale_log2);
+        if (i > 0 && half == 0) {
+          ptx::wgmma_wait<0>();
+          ptx::keep(o);
+          if (softmax.moved) softmax.rescale(o);
+        }
+        tile::pack_weights<Element>(weights, p[i][half]);
+        if (half == 0) ptx::barrier_wait(blocks[i].full_v, 0);
+        issue_values(p[i][half], blocks[i].s_k + Traits::kKBytes + half * kKeys / 2 * 128);
+      }
+    }
     ptx::wgmma_wait<0>();
     ptx::keep(o);
   }
 
-  /// Scores to weights; leaves exponent and sum.
-  __device__ __forceinline__ void soften(float (&s)[kKeys / 2], float scale_log2) {
-    constexpr int kChains = 4;  // of maxima and of sums, for each row: their latency is what counts
-    float max[2 * kChains];
-    float sums[2 * kChains] = {};
-#pragma unroll
-    for (float& x : max) x = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) max[chain(i)] = fmaxf(max[chain(i)], s[i]);
-    float offset[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float own = fmaxf(fmaxf(max[r], max[r + 2]), fmaxf(max[r + 4], max[r + 6]));
-      exponent[r] = tile::quad_max(own) * scale_log2;
-      offset[r] = exponent[r] == -INFINITY ? 0.0f : -exponent[r];
-    }
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
-      s[i] = ptx::ex2(fmaf(s[i], scale_log2, offset[i >> 1 & 1]));
-      sums[chain(i)] += s[i];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum[r] = tile::quad_sum((sums[r] + sums[r + 2]) + (sums[r + 4] + sums[r + 6]));
-      if (sum[r] != sum[r]) exponent[r] = 0.0f;  // a NaN hides from maxima: the row sees keys, and its sum tells of it
-    }
+  __device__ __forceinline__ SmallStats stats(int r, float scale_log2) const {
+    const float sum = tile::quad_sum(softmax.sum[r]);
+    // A NaN hides from maxima: the row sees keys, and its sum tells of it.
+    return {sum != sum ? 0.0f : softmax.max[r] * scale_log2, sum};
   }
-  /// Of accumulator i: its row, and every fourth group.
-  static constexpr __device__ int chain(int i) { return (i >> 1 & 1) + 2 * (i >> 2 & 3); }
 
   __device__ __forceinline__ bool is_finite() const {
     bool finite = true;
@@ -169,39 +185,23 @@ struct SmallPart {
     return finite;
   }
 
-  /// Piece kPiece: of the thread's row kPiece % 2, the columns of half kPiece / 2.
-  template <int kPiece>
-  __device__ __forceinline__ void take(float2 (&piece)[kPairs]) const {
+  __device__ __forceinline__ void send(int r, float4 (&s_row)[Traits::kPairs / 2][128], int thread) const {
 #pragma unroll
-    for (int g = 0; g < kPairs; ++g) {
-      const float* x = &o[kPiece / 2 * kHeadDim / 4 + 4 * g + kPiece % 2 * 2];
-      piece[g] = make_float2(x[0], x[1]);
+    for (int i = 0; i < Traits::kPairs / 2; ++i) {
+      const float* x = &o[8 * i];
+      s_row[i][thread] = r == 0 ? make_float4(x[0], x[1], x[4], x[5]) : make_float4(x[2], x[3], x[6], x[7]);
     }
-  }
-
-  /// `s_part`: the sender's, for the thread.
-  template <int kPiece>
-  __device__ __forceinline__ void send(float4* s_part) const {
-    float2 piece[kPairs];
-    take<kPiece>(piece);
-#pragma unroll
-    for (int i = 0; i < kPairs / 2; ++i)
-      s_part[kPiece * kPieceBytes / 16 + i * 128] =
-          make_float4(piece[2 * i].x, piece[2 * i].y, piece[2 * i + 1].x, piece[2 * i + 1].y);
   }
 };
 
 /// What the warpgroups know of a row together, with the sink's weight (unless the row sees no key). `sink`: an exponent
 /// of 2, −inf where there is none.
 __device__ __forceinline__ SmallStats merge_stats(const SmallStats (&parts)[kSmallParts], float sink) {
-  SmallStats merged{-INFINITY, 0.0f};
-#pragma unroll
-  for (const SmallStats& part : parts) merged.exponent = fmaxf(merged.exponent, part.exponent);
+  SmallStats merged{fmaxf(parts[0].exponent, parts[1].exponent), 0.0f};
   if (merged.exponent == -INFINITY) return merged;
   merged.exponent = fmaxf(merged.exponent, sink);
-  merged.sum = ptx::ex2(sink - merged.exponent);
-#pragma unroll
-  for (const SmallStats& part : parts) merged.sum += part.sum * ptx::ex2(part.exponent - merged.exponent);
+  merged.sum = parts[0].sum * ptx::ex2(parts[0].exponent - merged.exponent) +
+               parts[1].sum * ptx::ex2(parts[1].exponent - merged.exponent) + ptx::ex2(sink - merged.exponent);
   return merged;
 }
 
@@ -212,17 +212,20 @@ __device__ __noinline__ void redo_rows(const SmallArgs& args, int batch, int hea
     tile::exact_row<typename Traits::Element, Traits::kHeadDim>(args.params, batch, head, i);
 }
 
-/// Grid: (query blocks, heads_q, batch). Threads: a warpgroup for each part of the keys, 1, 2 or 4.
+/// Grid: (query blocks, heads_q, batch). Threads: a warpgroup for each part of the keys.
 template <class Traits>
 __global__ void __launch_bounds__(128 * kSmallParts, 1)
     fwd_small(const __grid_constant__ SmallArgs args, const __grid_constant__ CUtensorMap map_q,
               const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v) {
   using Element = typename Traits::Element;
-  using Part = SmallPart<Traits>;
+  constexpr int kSteps = Traits::kSteps;
+  constexpr int kPairs = Traits::kPairs;
+  static_assert(kSmallParts == 2 && kSteps <= 2);
   extern __shared__ unsigned char s_raw[];
   unsigned char* s_memory = s_raw + (-ptx::shared_address(s_raw) & 1023u);
   const int parts = static_cast<int>(blockDim.x) / 128;
-  SmallShared& shared = *reinterpret_cast<SmallShared*>(s_memory + Traits::kQBytes + parts * Traits::kPartBytes);
+  SmallShared<Traits>& shared =
+      *reinterpret_cast<SmallShared<Traits>*>(s_memory + Traits::kQBytes + parts * Traits::kPartBytes);
   const int head = static_cast<int>(blockIdx.y);
   const int batch = static_cast<int>(blockIdx.z);
   const int first_row = static_cast<int>(blockIdx.x) * kSmallQueries;
@@ -232,42 +235,53 @@ __global__ void __launch_bounds__(128 * kSmallParts, 1)
   const int warp = thread / 32;
   const int row_in_tile = warp * 16 + lane / 4;  // the thread's first; its second is 8 further
   const int row = first_row + row_in_tile;
-
-  // Does some query of the tile see one of the part's keys?
-  const int first_key = part * Traits::kKeys;
-  const bool sees_keys = first_key < args.window.end(min(first_row + kSmallQueries, args.seqlen_q) - 1) &&
-                         first_key + Traits::kKeys > args.window.begin(first_row);
   const std::uint32_t s_q = ptx::shared_address(s_memory);
-  const std::uint32_t s_k = s_q + Traits::kQBytes + part * Traits::kPartBytes;
   const std::uint32_t full_q = ptx::shared_address(&shared.full_q);
-  const std::uint32_t full_k = ptx::shared_address(&shared.full_k[part]);
-  const std::uint32_t full_v = ptx::shared_address(&shared.full_v[part]);
 
-  if (warp == 1 && lane < 3) ptx::prefetch_map(lane == 0 ? &map_k : lane == 1 ? &map_q : &map_v);
-  if (thread == 0) {
-    const auto load = [](const CUtensorMap* map, std::uint32_t s_target, std::uint32_t barrier, int rows, int row,
-                         int head, int batch) {
+  // The part's blocks, and whether some query of the tile sees one of their keys.
+  SmallBlock blocks[kSteps];
+  bool seen[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int first_key = (i * parts + part) * Traits::kKeys;
+    blocks[i] = {first_key, s_q + Traits::kQBytes + (part * kSteps + i) * 2 * Traits::kKBytes,
+                 ptx::shared_address(&shared.full_k[part][i]), ptx::shared_address(&shared.full_v[part][i])};
+    seen[i] = first_key < args.window.end(min(first_row + kSmallQueries, args.seqlen_q) - 1) &&
+              first_key + Traits::kKeys > args.window.begin(first_row);
+  }
+
+  // Queries, keys and values are each queued by a warp of their own: one after the other they would take 700 clocks.
+  if (lane == 0 && warp < 3) {
+    const CUtensorMap* const map = warp == 0 ? &map_k : warp == 1 ? &map_q : &map_v;
+    ptx::prefetch_map(map);
+    const auto load = [&](std::uint32_t s_target, std::uint32_t barrier, int rows, int row, int head, int batch) {
       ptx::barrier_expect(barrier, Traits::kPanels * rows * 128);
 #pragma unroll
       for (int panel = 0; panel < Traits::kPanels; ++panel)
         ptx::tma_load(s_target + panel * rows * 128, map, barrier, panel * 64, row, head, batch, ptx::kEvictLast);
     };
-    if (part == 0) ptx::barrier_init(full_q, 1);
-    ptx::barrier_init(full_k, 1);
-    ptx::barrier_init(full_v, 1);
+    if (warp == 1) {
+      if (part == 0) ptx::barrier_init(full_q, 1);
+    } else {
+#pragma unroll
+      for (const SmallBlock& block : blocks) ptx::barrier_init(warp == 0 ? block.full_k : block.full_v, 1);
+    }
     ptx::fence_barrier_init();
     cuda::wait_for_previous_kernel();
-    const int head_k = args.group == 1 ? head : head / args.group;
-    if (sees_keys)
-      load(&map_k, s_k, full_k, Traits::kKeys, first_key, head_k * args.k_head_step, batch * args.k_batch_step);
-    if (part == 0)
-      load(&map_q, s_q, full_q, kSmallQueries, first_row, head * args.q_head_step, batch * args.q_batch_step);
-    if (sees_keys)
-      load(&map_v, s_k + Traits::kKBytes, full_v, Traits::kKeys, first_key, head_k * args.v_head_step,
-           batch * args.v_batch_step);
-    cuda::let_next_kernel_start();
+    if (warp == 1) {
+      if (part == 0) load(s_q, full_q, kSmallQueries, first_row, head * args.q_head_step, batch * args.q_batch_step);
+      cuda::let_next_kernel_start();
+    } else {
+      const int head_k = args.group == 1 ? head : head / args.group;
+      const bool keys = warp == 0;
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+        if (seen[i])
+          load(blocks[i].s_k + (keys ? 0 : Traits::kKBytes), keys ? blocks[i].full_k : blocks[i].full_v, Traits::kKeys,
+               blocks[i].first_key, head_k * (keys ? args.k_head_step : args.v_head_step),
+               batch * (keys ? args.k_batch_step : args.v_batch_step));
+    }
   }
-  if (threadIdx.x < kSmallQueries / 16) shared.spoilt[threadIdx.x] = 0;
   // Where the results go is read from the arguments now, while nothing else is to be done.
   Element* out =
       static_cast<Element*>(args.out.data) + batch * args.out.batch + head * args.out.head + row * args.out.seq;
@@ -280,82 +294,68 @@ __global__ void __launch_bounds__(128 * kSmallParts, 1)
   ptx::keep(lse);
   __syncthreads();
 
-  Part own;
+  SmallPart<Traits> own;
   const float sink =
       args.sinks.data ? detail::head_value<float>(args.sinks, batch, head, 0.0f) * tile::kLog2e : -INFINITY;
   ptx::barrier_wait(full_q, 0);  // also where no key is seen: a block must not end before its copies do
-  if (sees_keys) {
-    ptx::barrier_wait(full_k, 0);
-    own.compute(args, s_q, s_k, first_key, row, lane % 4, full_v);
-  }
+  if (seen[0] && seen[kSteps - 1])
+    own.compute(args, s_q, blocks, row, lane % 4);
+  else if (seen[0] || seen[kSteps - 1])
+    own.template compute<1>(args, s_q, {seen[0] ? blocks[0] : blocks[kSteps - 1]}, row, lane % 4);
 
   // 0 · NaN of a value that a row does not see has no place in its output.
   bool spoilt = args.positional && !__all_sync(tile::kAllLanes, own.is_finite());
   SmallStats known[2][kSmallParts];  // of the thread's rows, by part
 #pragma unroll
-  for (int i = 0; i < kSmallParts; ++i) known[0][i] = known[1][i] = {-INFINITY, 0.0f};
-  if (parts == 1) {
-    known[0][0] = {own.exponent[0], own.sum[0]};
-    known[1][0] = {own.exponent[1], own.sum[1]};
+  for (int r = 0; r < 2; ++r) {
+    known[r][0] = own.stats(r, args.scale_log2);
+    known[r][1] = {-INFINITY, 0.0f};
   }
-  const auto part_of = [&](int piece) { return parts == 4 ? piece : parts == 2 ? piece / 2 : 0; };
-  // What a part sends lies in the place of its keys and values, by pieces, for each thread's counterparts.
-  const auto s_sent = [&](int sender) {
-    return reinterpret_cast<float4*>(s_memory + Traits::kQBytes + sender * Traits::kPartBytes) + thread;
-  };
+  const SmallStats mine[2] = {known[0][0], known[1][0]};
   if (parts > 1) {
-    ptx::named_sync(1 + part, 128);  // all of its warps are done with the values
     if (lane % 4 == 0) {
-      shared.stats[row_in_tile][part] = {own.exponent[0], own.sum[0]};
-      shared.stats[row_in_tile + 8][part] = {own.exponent[1], own.sum[1]};
+      shared.stats[row_in_tile][part] = mine[0];
+      shared.stats[row_in_tile + 8][part] = mine[1];
     }
-    if (spoilt && lane == 0) shared.spoilt[warp] = 1;
-    if (part_of(0) != part) own.template send<0>(s_sent(part));
-    if (part_of(1) != part) own.template send<1>(s_sent(part));
-    if (part_of(2) != part) own.template send<2>(s_sent(part));
-    if (part_of(3) != part) own.template send<3>(s_sent(part));
+    if (lane == 0) shared.spoilt[part][warp] = spoilt;
+    own.send(1 - part, shared.sent[part], thread);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kSmallParts; ++i) {
-      if (i >= parts) break;
       known[0][i] = shared.stats[row_in_tile][i];
       known[1][i] = shared.stats[row_in_tile + 8][i];
     }
-    spoilt = shared.spoilt[warp] != 0;
+    spoilt = shared.spoilt[0][warp] || shared.spoilt[1][warp];
   }
   const SmallStats merged[2] = {merge_stats(known[0], sink), merge_stats(known[1], sink)};
   const auto factor = [&](float exponent, int r) {  // of what was weighted to that exponent
     if (merged[r].exponent == -INFINITY) return 0.0f;
     return __fdividef(ptx::ex2(exponent - merged[r].exponent), merged[r].sum);
   };
-  const auto finish = [&](auto which) {
-    constexpr int kPiece = decltype(which)::value;
-    constexpr int r = kPiece % 2;
-    constexpr int kFirstColumn = kPiece / 2 * Traits::kHeadDim / 2;
-    if (part_of(kPiece) != part) return;
-    float2 piece[Part::kPairs];
-    own.template take<kPiece>(piece);
-    const float scale = factor(own.exponent[r], r);
+  const auto finish_row = [&](int r) {
+    float2 pairs[kPairs];
+    tile::pairs_of_row(own.o, r, pairs);
+    const float scale = r == 0 ? factor(mine[0].exponent, 0) : factor(mine[1].exponent, 1);
 #pragma unroll
-    for (float2& x : piece) x = make_float2(x.x * scale, x.y * scale);
+    for (float2& x : pairs) x = make_float2(x.x * scale, x.y * scale);
+    if (parts > 1) {
+      const float other = r == 0 ? factor(known[0][1].exponent, 0) : factor(known[1][0].exponent, 1);
 #pragma unroll
-    for (int other = 0; other < kSmallParts; ++other) {
-      if (other >= parts || other == part) continue;
-      const float scale = factor(known[r][other].exponent, r);
-#pragma unroll
-      for (int i = 0; i < Part::kPairs / 2; ++i) {
-        const float4 y = s_sent(other)[kPiece * Part::kPieceBytes / 16 + i * 128];
-        piece[2 * i] = make_float2(piece[2 * i].x + y.x * scale, piece[2 * i].y + y.y * scale);
-        piece[2 * i + 1] = make_float2(piece[2 * i + 1].x + y.z * scale, piece[2 * i + 1].y + y.w * scale);
+      for (int i = 0; i < kPairs / 2; ++i) {
+        const float4 x = shared.sent[1 - part][i][thread];
+        pairs[2 * i] = make_float2(pairs[2 * i].x + x.x * other, pairs[2 * i].y + x.y * other);
+        pairs[2 * i + 1] = make_float2(pairs[2 * i + 1].x + x.z * other, pairs[2 * i + 1].y + x.w * other);
       }
     }
-    tile::store_row<Element, true>(piece, out + r * next_row + kFirstColumn, row + 8 * r < args.seqlen_q && !spoilt,
-                                   args.head_dim_v - kFirstColumn, lane % 4);
+    tile::store_row<Element, true>(pairs, out + r * next_row, row + 8 * r < args.seqlen_q && !spoilt, args.head_dim_v,
+                                   lane % 4);
   };
-  finish(std::integral_constant<int, 0>());
-  finish(std::integral_constant<int, 1>());
-  finish(std::integral_constant<int, 2>());
-  finish(std::integral_constant<int, 3>());
+  if (parts > 1) {
+    finish_row(part);
+  } else {
+    finish_row(0);
+    finish_row(1);
+  }
   if (part != 0) return;
   if (spoilt) return redo_rows<Traits>(args, batch, head, first_row + warp * 16);
   if (!lse || lane % 4 != 0) return;

@@ -31,7 +31,7 @@ std::string refuse_small(const Problem& problem, const DeviceInfo& device) {
   const std::int64_t head_dim = std::max(s.head_dim, s.head_dim_v);
   if (head_dim > 128) return "holds head_dim up to 128";
   if (!(problem.scale > 0)) return "needs a positive scale";
-  const std::int64_t keys = kSmallParts * small_most_keys(static_cast<int>(head_dim));
+  const std::int64_t keys = small_most_keys(static_cast<int>(head_dim));
   if (s.seqlen_k == 0 || s.seqlen_k > keys) return "holds 1 to " + std::to_string(keys) + " keys";
   const std::int64_t tiles = (s.seqlen_q + kSmallQueries - 1) / kSmallQueries * s.batch * s.heads_q;
   if (tiles > device.multiprocessors) return "is for at most one tile of 64 queries for each multiprocessor";
@@ -44,14 +44,13 @@ constexpr const char* kSplits = "splits";
 std::vector<std::string> small_settings(const Problem& problem, const DeviceInfo&) {
   const int head_dim = static_cast<int>(std::max(problem.size.head_dim, problem.size.head_dim_v));
   std::vector<std::string> words;
-  for (int parts = 1; parts <= kSmallParts; parts *= 2)
-    if (small_keys(head_dim, problem.size.seqlen_k, parts) > 0) words.push_back(kSplits + std::to_string(parts));
+  for (int parts = 1; parts <= kSmallParts; ++parts)
+    if (small_shape(head_dim, problem.size.seqlen_k, parts).keys > 0) words.push_back(kSplits + std::to_string(parts));
   return words;
 }
 
 void plan_small(const Problem& problem, const DeviceInfo&, Plan& plan) {
-  const detail::Sizes& s = problem.size;
-  plan.splits = small_parts(static_cast<int>(std::max(s.head_dim, s.head_dim_v)), s.seqlen_k);
+  plan.splits = small_parts(problem.size.seqlen_k);
   if (!plan.setting.empty()) plan.splits = std::stoi(plan.setting.substr(std::string_view(kSplits).size()));
 }
 

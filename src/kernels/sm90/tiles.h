@@ -48,25 +48,32 @@ constexpr FwdTile fwd_tile(int head_dim, bool general) {
 }
 #endif
 
-/// The kernel for small problems: a block for so many queries of a head, their keys in 1, 2 or 4 parts, each for a
-/// warpgroup. Parts are as few as will do, since merging costs more than a longer part does.
+/// The kernel for small problems: a block for so many queries of a head; its keys in one or two parts, each for a
+/// warpgroup, in one or two steps.
 inline constexpr int kSmallQueries = 64;
-inline constexpr int kSmallParts = 4;
+inline constexpr int kSmallParts = 2;
+inline constexpr int kSmallSteps = 2;
+inline constexpr float kSmallGrowth = 8;  // as FwdTile::growth
 
-/// Keys of the longest part: what registers hold beside the output.
-constexpr int small_most_keys(int head_dim) { return head_dim > 64 ? 64 : 128; }
+struct SmallShape {
+  int keys;   // of a step: 32, 64 or 128; 0: no kernel is compiled for that
+  int steps;  // of a part
+};
 
-/// Keys of a part, where there are to be so many parts: 32, 64 or 128; 0 where no kernel is compiled for that.
-constexpr int small_keys(int head_dim, long long seqlen_k, int parts) {
-  for (int keys = 32; keys <= small_most_keys(head_dim); keys *= 2)
-    if (keys * parts >= seqlen_k) return keys * (parts - 1) < seqlen_k || parts == 1 ? keys : 0;
-  return 0;
+/// Keys of the longest step: what registers hold twice, beside the output.
+constexpr int small_step(int head_dim) { return head_dim > 64 ? 64 : 128; }
+
+constexpr int small_most_keys(int head_dim) { return kSmallParts * kSmallSteps * small_step(head_dim); }
+
+/// So many keys in so many parts. A second step is for what one does not hold.
+constexpr SmallShape small_shape(int head_dim, long long seqlen_k, int parts) {
+  const int most = small_step(head_dim);
+  for (int keys = 32; keys <= most; keys *= 2)
+    if (keys * parts >= seqlen_k) return {keys * (parts - 1) < seqlen_k ? keys : 0, 1};
+  return {seqlen_k <= kSmallSteps * parts * most ? most : 0, kSmallSteps};
 }
 
-/// The fewest parts that hold all keys, but two where one would be of 128 keys.
-constexpr int small_parts(int head_dim, long long seqlen_k) {
-  if (seqlen_k <= 64) return 1;
-  return seqlen_k <= 2 * small_most_keys(head_dim) ? 2 : 4;
-}
+/// One part where a short step will do: merging two costs more.
+constexpr int small_parts(long long seqlen_k) { return seqlen_k <= 64 ? 1 : 2; }
 
 }  // namespace flashcore::sm90

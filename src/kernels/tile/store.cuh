@@ -40,7 +40,8 @@ __device__ __forceinline__ void store_row(const float2 (&pairs)[N], Element* tar
 template <int N>
 __device__ __forceinline__ void pairs_of_row(const float (&o)[N], int r, float2 (&pairs)[N / 4]) {
 #pragma unroll
-  for (int g = 0; g < N / 4; ++g) pairs[g] = make_float2(o[4 * g + 2 * r], o[4 * g + 2 * r + 1]);
+  for (int g = 0; g < N / 4; ++g)  // no index that is not constant: it would move the accumulators to memory
+    pairs[g] = r == 0 ? make_float2(o[4 * g], o[4 * g + 1]) : make_float2(o[4 * g + 2], o[4 * g + 3]);
 }
 
 }  // namespace flashcore::tile
