@@ -65,6 +65,7 @@ check "include rules" "$tools/bin/python" scripts/check_includes.py
 check "generated wgmma wrappers" "$tools/bin/python" scripts/generate_wgmma.py --check
 check "README from results" "$tools/bin/python" scripts/update_readme.py --check
 check "ladder from results" "$tools/bin/python" scripts/update_ladder.py --check
+check "costs of calls from results" "$tools/bin/python" scripts/update_overhead.py --check
 
 if ((${#failed[@]})); then
   printf 'lint: failed: %s\n' "${failed[*]}"
