@@ -525,3 +525,11 @@ def test_calls_hold_no_references(rng):
     del arrays
     gc.collect()
     assert [ref() for ref in alive] == [None] * 3
+
+
+@pytest.mark.parametrize("words", [{}, {"return_lse": True}], ids=str)
+def test_integers_are_refused_whatever_their_strides(words, framework):
+    x = framework.array(np.zeros((2, 3, 4, 8)), "int32")
+    for q in (x, x.swapaxes(1, 2)):
+        with pytest.raises(TypeError, match="q.*float16.*int32"):
+            fc.attention(q, q, q, **words)

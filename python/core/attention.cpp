@@ -19,7 +19,7 @@ namespace flashcore::python {
 
 namespace {
 
-/// One place in a tuple of arrays.
+/// One place in a tuple of arrays. Those at the end may be missing.
 struct Slot {
   const char* name;
   TensorView* view;
@@ -27,10 +27,10 @@ struct Slot {
 
 template <std::size_t N>
 void read_all(Reader& reader, nb::handle arrays, const Slot (&slots)[N], Access access = Access::read) {
-  if (!PyTuple_Check(arrays.ptr()) || PyTuple_Size(arrays.ptr()) != static_cast<Py_ssize_t>(N))
-    throw InvalidType("a tuple of " + std::to_string(N) + " arrays is needed");
-  for (std::size_t i = 0; i < N; ++i) {
-    const nb::handle array = PyTuple_GetItem(arrays.ptr(), static_cast<Py_ssize_t>(i));
+  if (!PyTuple_Check(arrays.ptr()) || PyTuple_Size(arrays.ptr()) > static_cast<Py_ssize_t>(N))
+    throw InvalidType("a tuple of up to " + std::to_string(N) + " arrays is needed");
+  for (Py_ssize_t i = 0; i < PyTuple_Size(arrays.ptr()); ++i) {
+    const nb::handle array = PyTuple_GetItem(arrays.ptr(), i);
     if (!array.is_none()) *slots[i].view = reader.read(array, slots[i].name, access);
   }
 }

@@ -16,6 +16,9 @@ nb::object take(Reader& reader, nb::handle given, const char* name, TensorView& 
   return made;
 }
 
+/// Whether a result can have this dtype. The library refuses the others in its own words.
+bool is_real(DType dtype) { return dtype != DType::int32 && dtype != DType::int64 && dtype != DType::boolean; }
+
 }  // namespace
 
 TensorView dense(TensorView view) {
@@ -51,6 +54,7 @@ AttentionOutputs imagined_outputs(AttentionOutputs given, const TensorView& q, c
 nb::object new_array(const Reader& reader, nb::handle like, const TensorView& seen, const TensorView& wanted) {
   static const nb::handle dtype_alone = nb::make_tuple("dtype").release();
   static const nb::handle dtype_and_stream = nb::make_tuple("dtype", "stream").release();
+  if (!is_real(wanted.dtype)) return nb::none();
   const Bridge& bridge = reader.bridge();
   const bool alike = wanted.dtype == seen.dtype && wanted.rank == seen.rank && wanted.shape == seen.shape &&
                      wanted.stride == seen.stride;

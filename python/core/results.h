@@ -33,7 +33,8 @@ struct Results {
 /// `like` is the array whose shape and dtype out follows, seen as `q`.
 Results take_results(Reader& reader, const Wanted& wanted, nb::handle like, const TensorView& q, const TensorView& v);
 
-/// A new array of the shape and dtype of `wanted`, and where `like` is, which is seen as `seen`.
+/// A new array of the shape and dtype of `wanted`, where `like` is, which is seen as `seen`. None for a dtype that no
+/// result has.
 nb::object new_array(const Reader& reader, nb::handle like, const TensorView& seen, const TensorView& wanted);
 
 }  // namespace flashcore::python

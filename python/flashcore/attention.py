@@ -232,7 +232,14 @@ def attention_decode(
     )
     handle = None if stream is None else stream_handle(stream)
     results = _core.decode(
-        framework.bridge, arrays, (k_cache, v_cache), bool(rotary_interleaved), (out, lse), options, return_lse, handle
+        framework.bridge,
+        arrays,
+        (k_cache, v_cache),
+        bool(rotary_interleaved),
+        (out, lse),
+        options,
+        bool(return_lse),
+        handle,
     )
     return finished(framework, results)
 
@@ -363,7 +370,7 @@ def _forward(
 ) -> Any:
     if stream is not None:
         stream = stream_handle(stream)
-    results = _core.forward(framework.bridge, arrays, (out, lse), options, *bounds, return_lse, stream)
+    results = _core.forward(framework.bridge, arrays, (out, lse), options, *bounds, bool(return_lse), stream)
     return finished(framework, results)
 
 

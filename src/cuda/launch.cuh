@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "check.h"
-#include "flashcore/device.h"
 #include "flashcore/tensor.h"
 
 namespace flashcore::cuda {
@@ -31,8 +30,10 @@ void launch(const char* name, void (*kernel)(Formal...), std::int64_t blocks, in
 /// Whether the current device starts a kernel early, while the one before it on the stream ends.
 inline bool can_start_early() {
   int device = 0;
+  int major = 0;
   check(cudaGetDevice(&device), "reading the current device");
-  return device_info({DeviceType::cuda, device}).compute_major >= 9;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "reading the compute capability");
+  return major >= 9;
 }
 
 /// Lets a kernel have `bytes` of dynamic shared memory, which CUDA wants to be told once for each device.

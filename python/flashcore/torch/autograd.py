@@ -17,7 +17,6 @@ from . import ops
 from .ops import DIFFERENTIABLE, TENSORS
 
 _COUNT = len(TENSORS)
-_NOTHING = (None,) * _COUNT
 _TWICE = "flashcore.torch.{} can be differentiated once; its gradients have no gradient"
 
 
@@ -107,22 +106,25 @@ class EagerAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Any, *tensors: Any) -> Any:
         options, bounds, lse_used = call
-        results = ops.forward(tensors + _NOTHING[len(tensors) :], options, bounds, True)
+        results = ops.forward(tensors, options, bounds, True)
         ctx.save_for_backward(*tensors, *results)
         ctx.call = call
+        if not lse_used:
+            return results[0]
         ctx.set_materialize_grads(False)
-        return results if lse_used else results[0]
+        return results
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple[Any, ...]:
-        count = len(ctx.needs_input_grad)
+        needs = ctx.needs_input_grad
+        count = len(needs)
         if dout is None and dlse is None:
             return (None,) * count
-        needs = ctx.needs_input_grad[1:] + (False,) * (_COUNT + 1 - count)
+        needs = needs[1:] + (False,) * (_COUNT + 1 - count)
         differentiate = _EagerGradients.apply if torch.is_grad_enabled() else _eager_gradients
-        wanted = _wanted(needs)
-        grads = differentiate(ctx.call, wanted, dout, dlse, *ctx.saved_tensors)
-        return (None, *_placed(grads, wanted, _COUNT)[: count - 1])
+        dq, dk, dv, dbias, dsinks = differentiate(ctx.call, _wanted(needs), dout, dlse, *ctx.saved_tensors)
+        placed = (None, dq, dk, dv, None, dbias, None, dsinks)
+        return placed[:count] if count <= len(placed) else placed + (None,) * (count - len(placed))
 
 
 #: EagerAttention.apply without its care for torch.func, which does not look on there
@@ -131,8 +133,7 @@ record = super(torch.autograd.Function, EagerAttention).apply  # type: ignore[mi
 
 def _eager_gradients(call: Any, wanted: Any, dout: Any, dlse: Any, *saved: Any) -> tuple[Any, ...]:
     options, bounds, _ = call
-    tensors = saved[:-2] + _NOTHING[len(saved) - 2 :]
-    return ops.backward((dout, dlse), saved[-2:], tensors, wanted, options, bounds)
+    return ops.backward((dout, dlse), saved[-2:], saved[:-2], wanted, options, bounds)
 
 
 class _EagerGradients(_Final):

@@ -105,8 +105,8 @@ def forward(
     out: Optional[Tensor] = None,
     lse: Optional[Tensor] = None,
 ) -> Any:
-    """out or, where lse is given or wanted, (out, lse). `tensors` are those of TENSORS."""
-    return _core.forward(framework_of(tensors[0]).quiet, tensors, (out, lse), options, *bounds, with_lse, None)
+    """out or, where lse is given or wanted, (out, lse). `tensors` are those of TENSORS; the last may be missing."""
+    return _core.forward(framework_of(tensors[0]).quiet, tensors, (out, lse), options, *bounds, bool(with_lse), None)
 
 
 def backward(
@@ -117,7 +117,8 @@ def backward(
     options: _core.Options,
     bounds: tuple[int, int],
 ) -> tuple[Optional[Tensor], ...]:
-    """(dq, dk, dv, dbias, dsinks), None where not wanted. `cotangents` are those of out and lse."""
+    """(dq, dk, dv, dbias, dsinks), None where not wanted. `cotangents` are those of out and lse; `tensors` are those of
+    TENSORS; the last may be missing."""
     dout, dlse = cotangents
     dout = torch.zeros_like(results[0]) if dout is None else dense_rows(dout)
     bridge = framework_of(results[0]).quiet
@@ -137,7 +138,7 @@ def decode(
 ) -> Any:
     """out or, where lse is given or wanted, (out, lse). `tensors` are those of DECODE_TENSORS."""
     bridge = framework_of(tensors[0]).quiet
-    return _core.decode(bridge, tensors, caches, interleaved, (out, lse), options, with_lse, None)
+    return _core.decode(bridge, tensors, caches, interleaved, (out, lse), options, bool(with_lse), None)
 
 
 def merge(

@@ -97,15 +97,16 @@ TensorMap make_tensor_map(const TensorParams& tensor, DType dtype, const MapShap
   const auto stride = [](std::int64_t elements) {
     return elements == 0 ? kAnyStride : static_cast<cuuint64_t>(elements * kElementBytes);
   };
-  result.map = recent.of({
-      .data = tensor.data,
-      .sizes = {static_cast<cuuint64_t>(shape.dim), static_cast<cuuint64_t>(shape.seq),
-                static_cast<cuuint64_t>(result.head_step ? shape.heads : 1),
-                static_cast<cuuint64_t>(result.batch_step ? shape.batch : 1)},
-      .strides = {stride(tensor.seq), stride(tensor.head), stride(tensor.batch)},
-      .box_rows = static_cast<cuuint32_t>(box_rows),
-      .type = dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-  });
+  const Words words = {
+      tensor.data,
+      {static_cast<cuuint64_t>(shape.dim), static_cast<cuuint64_t>(shape.seq),
+       static_cast<cuuint64_t>(result.head_step ? shape.heads : 1),
+       static_cast<cuuint64_t>(result.batch_step ? shape.batch : 1)},
+      {stride(tensor.seq), stride(tensor.head), stride(tensor.batch)},
+      static_cast<cuuint32_t>(box_rows),
+      dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+  };
+  result.map = recent.of(words);
   return result;
 }
 
