@@ -9,6 +9,7 @@ from typing import Any
 from docs_machine import told_machine
 
 OURS = "flashcore"
+GOAL = 0.9  # of a copy: near enough to the speed of memory
 
 
 def row(entry: dict[str, Any], others: list[str]) -> str:
@@ -27,12 +28,13 @@ def of_file(path: Path) -> list[str]:
     timed = [entry for entry in data["cases"] if OURS in entry["results"]]
     others = list(dict.fromkeys(name for entry in timed for name in entry["results"] if name != OURS))
     worst = min(timed, key=lambda entry: entry["results"][OURS]["share_copy"])
-    lowest = worst["results"][OURS]["share_copy"]
+    shares = [entry["results"][OURS]["share_copy"] for entry in timed]
+    near = sum(share >= GOAL for share in shares)
     return [
         f"On one {told_machine(data['machine'])}: medians of {data['settings']['rounds']} rounds, all in turn. A large "
-        f"copy moves {data['ceilings']['copy_gbs']:.0f} GB/s there; flashcore reaches {lowest:.0%} of it or more "
-        f"(least in `{worst['case']}`). The last column is the time of the best other library over ours: above 1 we "
-        "are ahead.",
+        f"copy moves {data['ceilings']['copy_gbs']:.0f} GB/s there. flashcore reaches {GOAL:.0%} of it or more in "
+        f"{near} of {len(timed)} cases, and {min(shares):.0%} where it reaches least (`{worst['case']}`). The last column is "
+        "the time of the best other library over ours: above 1 we are ahead.",
         "",
         f"| | µs | GB/s | of a copy | {' | '.join(f'{name} GB/s' for name in others)} | ratio |",
         "|---|" + "---:|" * (4 + len(others)),

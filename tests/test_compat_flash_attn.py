@@ -415,7 +415,6 @@ def test_what_the_cache_call_refuses(normal, place):
     refused(normal, "without cache_seqlens", **new)
     refused(normal, "rotary_cos given without k", rotary_cos=normal(4, 4), rotary_sin=normal(4, 4))
     refused(normal, "only one", cache_batch_idx=index, block_table=index[:, None])
-    refused(normal, "no gradient", RuntimeError, q=normal(1, 1, 2, 8, grad=True))
 
 
 @pytest.mark.parametrize("name", fa.__all__)
@@ -441,5 +440,18 @@ def test_what_keys_in_pages_refuse(normal, lengths, place):
     q, pages = normal(9, 4, 8), normal(6, 4, 2, 8)
     with pytest.raises(ValueError, match="without dropout"):
         fa.flash_attn_varlen_func(q, pages, pages, *lengths, 0.1, block_table=table)
-    with pytest.raises(RuntimeError, match="no gradient"):
-        fa.flash_attn_varlen_func(q.requires_grad_(), pages, pages, *lengths, block_table=table)
+
+
+def test_calls_for_inference_refuse_a_backward_pass(normal, cache, place):
+    """As flash-attn's they run where gradients are recorded."""
+    *caches, held = cache
+    q, packed = normal(2, 1, 4, 8, grad=True), normal(2, 4, 8, grad=True)
+    out, lse = fa.flash_attn_with_kvcache(q, *caches, cache_seqlens=held, return_softmax_lse=True)
+    one_each = torch.tensor([0, 1, 2], dtype=torch.int32, device=place)
+    table = torch.zeros(2, 1, dtype=torch.int32, device=place)
+    paged = fa.flash_attn_varlen_func(packed, *caches, one_each, one_each, 1, 1, block_table=table)
+    for result in (out, lse, paged):
+        with pytest.raises(RuntimeError, match="has no gradient; call it under torch.no_grad"):
+            result.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        assert torch.equal(fa.flash_attn_with_kvcache(q, *caches, cache_seqlens=held), out)

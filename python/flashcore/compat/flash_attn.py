@@ -158,7 +158,7 @@ def flash_attn_varlen_func(
       cu_seqlens_q, cu_seqlens_k: int32 (batch + 1): sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1] − 1.
       max_seqlen_q, max_seqlen_k: the longest sequence, or more.
       block_table: int32 (batch, max_pages): k and v are pages, (pages, page_size, heads_k, head_dim), and page p of
-        sequence b is k[block_table[b, p]]. Without dropout and without gradients.
+        sequence b is k[block_table[b, p]]. Without dropout, and without a backward pass.
 
     Returns out (total_q, heads_q, head_dim), with return_attn_probs (out, lse, empty).
     """
@@ -166,7 +166,9 @@ def flash_attn_varlen_func(
     if block_table is not None:
         if dropout_p > 0:
             raise ValueError(f"dropout_p={dropout_p} given with a block_table; keys in pages go without dropout")
-        out, lse = _attend_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_table, words)
+        with torch.no_grad():
+            paged = _attend_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_table, words)
+        out, lse = _without_gradient("flash_attn_varlen_func with a block_table", paged, q, k, v)
         result = (out, lse) if return_attn_probs else out
     else:
         result = attention_varlen(
@@ -277,7 +279,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
-    """Attention of new queries q (batch, seqlen_q, heads_q, head_dim) against a cache. Without gradients.
+    """Attention of new queries q (batch, seqlen_q, heads_q, head_dim) against a cache; without a backward pass.
 
     Args:
       k_cache, v_cache: (batch_cache, capacity, heads_k, head_dim), or pages (pages, page_size, heads_k, head_dim).
@@ -286,7 +288,7 @@ def flash_attn_with_kvcache(
         a window, else at cache_seqlens. They go with k and v.
       cache_seqlens: int, or int32 (batch): keys in the cache before this call. Default: all of it.
       cache_batch_idx: int32 (batch): sequence b's cache is k_cache[cache_batch_idx[b]].
-      cache_leftpad: int32 (batch): the first keys of each cache, so many, are padding. Not with a block_table.
+      cache_leftpad: int32 (batch): so many keys in front are padding. Not with a block_table.
       block_table: int32 (batch, max_pages): page p of sequence b is k_cache[block_table[b, p]].
       rotary_interleaved: pairs neighbours; False pairs halves.
       num_splits: taken and not needed: the number of splits is chosen by the library.
@@ -294,24 +296,16 @@ def flash_attn_with_kvcache(
     Returns out like q, with return_softmax_lse (out, lse) with lse float32 (batch, heads_q, seqlen_q).
     """
     _require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    _refuse_gradients("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
+    inputs = (q, k_cache, v_cache, k, v)
     _check_cache_words(k, v, rotary_cos, rotary_sin, cache_seqlens)
-    if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
-        other = "cache_batch_idx" if cache_batch_idx is not None else "cache_leftpad"
-        raise ValueError(f"{other} and block_table given; only one of them can say whose cache is whose")
-
     batch, seqlen_q = q.shape[:2]
     if not isinstance(cache_seqlens, Tensor):
         pages = 1 if block_table is None else block_table.shape[1]
         length = pages * k_cache.shape[1] if cache_seqlens is None else cache_seqlens
         cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=q.device)
-    held = cache_seqlens
-    if cache_leftpad is not None:
-        k_cache, v_cache, block_table = _pages_of_keys(k_cache, v_cache, cache_leftpad, cache_batch_idx)
-        held = cache_seqlens - cache_leftpad
-    elif cache_batch_idx is not None:
-        block_table = cache_batch_idx.to(torch.int32)[:, None]  # one page for each sequence
-
+    caches, held, block_table = _where_keys_lie(
+        (k_cache, v_cache), cache_seqlens, cache_leftpad, cache_batch_idx, block_table
+    )
     words = _words(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if k is not None and rotary_cos is not None and rotary_sin is not None:
         moving = bool(causal) or words["window"] is not None
@@ -320,21 +314,24 @@ def flash_attn_with_kvcache(
             q = _rotate(q, cache_seqlens, moving, rotary_cos, rotary_sin, rotary_interleaved)
             k = _rotate(k, cache_seqlens, True, rotary_cos, rotary_sin, rotary_interleaved)
             rotary_cos = rotary_sin = None
-    return attention_decode(
-        _dense_rows(q),
-        k_cache,
-        v_cache,
-        held,
-        block_table,
-        k_new=None if k is None else _dense_rows(k),
-        v_new=None if v is None else _dense_rows(v),
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        layout="bshd",
-        return_lse=return_softmax_lse,
-        **words,
-    )
+    with torch.no_grad():
+        results = attention_decode(
+            _dense_rows(q),
+            *caches,
+            held,
+            block_table,
+            k_new=None if k is None else _dense_rows(k),
+            v_new=None if v is None else _dense_rows(v),
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_interleaved=rotary_interleaved,
+            layout="bshd",
+            return_lse=return_softmax_lse,
+            **words,
+        )
+    results = results if return_softmax_lse else (results,)
+    results = _without_gradient("flash_attn_with_kvcache", results, *inputs)
+    return results if return_softmax_lse else results[0]
 
 
 # ---- what the functions share --------------------------------------------------------------------------------------
@@ -375,19 +372,29 @@ def _check_cache_words(
         raise ValueError("k and v given without cache_seqlens, which says where in the cache they go")
 
 
-def _pages_of_keys(
-    k_cache: Tensor, v_cache: Tensor, padding: Tensor, batch_idx: Optional[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The caches as pages of one key each, and the table of those behind the padding."""
-    capacity = k_cache.shape[1]
+def _where_keys_lie(
+    caches: tuple[Tensor, Tensor],
+    cache_seqlens: Tensor,
+    padding: Optional[Tensor],
+    batch_idx: Optional[Tensor],
+    block_table: Optional[Tensor],
+) -> tuple[tuple[Tensor, ...], Tensor, Optional[Tensor]]:
+    """The caches, how many keys they hold, and a table of their pages, in flashcore's words."""
+    if block_table is not None and (batch_idx is not None or padding is not None):
+        other = "cache_batch_idx" if batch_idx is not None else "cache_leftpad"
+        raise ValueError(f"{other} and block_table given; only one of them can say whose cache is whose")
+    if padding is None:
+        return caches, cache_seqlens, block_table if batch_idx is None else batch_idx.to(torch.int32)[:, None]
+    # Pages of one key each, and a table of those behind the padding.
+    capacity = caches[0].shape[1]
     owner = torch.arange(len(padding), device=padding.device) if batch_idx is None else batch_idx
     place = padding[:, None] + torch.arange(capacity, device=padding.device)
     table = torch.where(place < capacity, owner[:, None] * capacity + place, -1)  # none beyond the end
     try:
-        pages = [cache.view(-1, 1, *cache.shape[2:]) for cache in (k_cache, v_cache)]
+        pages = tuple(cache.view(-1, 1, *cache.shape[2:]) for cache in caches)
     except RuntimeError:
         raise ValueError("cache_leftpad given; the sequences of a cache must then follow without a gap") from None
-    return pages[0], pages[1], table.to(torch.int32)
+    return pages, cache_seqlens - padding, table.to(torch.int32)
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
@@ -413,9 +420,24 @@ def _require_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: {kind} given; flashcore.compat.flash_attn takes torch tensors")
 
 
-def _refuse_gradients(name: str, *tensors: Optional[Tensor]) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad()")
+class _WithoutGradient(torch.autograd.Function):
+    """Results of calls that run where a gradient may be asked for later, and say so if it is."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.name = name
+        return tuple(result.view_as(result) for result in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(f"{ctx.name} has no gradient; call it under torch.no_grad()")
+
+
+def _without_gradient(name: str, results: tuple[Tensor, ...], *inputs: Optional[Tensor]) -> tuple[Tensor, ...]:
+    given = [tensor for tensor in inputs if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return _WithoutGradient.apply(name, len(results), *results, *given)  # type: ignore[no-any-return]
+    return results
 
 
 def _rotate(x: Tensor, start: Tensor, moving: bool, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -445,7 +467,6 @@ def _attend_pages(
 
     The rules are aligned bottom-right, so rows in front change nothing for the rows behind them.
     """
-    _refuse_gradients("flash_attn_varlen_func with a block_table", q, k, v)
     batch = cu_seqlens_q.shape[0] - 1
     token = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True).clamp_(max=batch - 1)
