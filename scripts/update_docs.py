@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import docs_ladder
+import docs_overhead
 import docs_primitives
 import docs_profiles
 import docs_tuning
@@ -26,6 +27,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "ladder.md": ("climb", docs_ladder.section),
     "primitives.md": ("speed", docs_primitives.section),
     "profiles.md": ("profiles", docs_profiles.section),
+    "torch.md": ("calls", docs_overhead.section),
     "tuning.md": ("searches", docs_tuning.section),
 }
 
