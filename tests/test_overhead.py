@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docs_overhead
 import pytest
 
 pytest.importorskip("rich")
@@ -29,27 +30,17 @@ RESULT = {
 }
 
 
-@pytest.fixture(scope="module")
-def page():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import docs_overhead
-    finally:
-        sys.path.pop(0)
-    return docs_overhead
-
-
 def run(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
 
 
-def test_without_results_nothing_is_said(page, tmp_path):
-    assert page.section(tmp_path, tmp_path) == ""
+def test_without_results_nothing_is_said(tmp_path):
+    assert docs_overhead.section(tmp_path, tmp_path) == ""
 
 
-def test_a_table_for_each_file(page, tmp_path):
+def test_a_table_for_each_file(tmp_path):
     (tmp_path / "overhead_h200.json").write_text(json.dumps(RESULT))
-    lines = page.section(tmp_path, tmp_path).splitlines()
+    lines = docs_overhead.section(tmp_path, tmp_path).splitlines()
     assert any(line.startswith("NVIDIA H200, driver 580, date 2026-01-02, commit 0123456789ab;") for line in lines)
     rows = [line for line in lines if line.startswith("| `")]
     assert rows == [
