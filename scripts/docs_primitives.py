@@ -33,8 +33,8 @@ def of_file(path: Path) -> list[str]:
     return [
         f"On one {told_machine(data['machine'])}: medians of {data['settings']['rounds']} rounds, all in turn. A large "
         f"copy moves {data['ceilings']['copy_gbs']:.0f} GB/s there. flashcore reaches {GOAL:.0%} of it or more in "
-        f"{near} of {len(timed)} cases, and {min(shares):.0%} where it reaches least (`{worst['case']}`). The last column is "
-        "the time of the best other library over ours: above 1 we are ahead.",
+        f"{near} of {len(timed)} cases, and {min(shares):.0%} where it reaches least (`{worst['case']}`). The last "
+        "column is the time of the best other library over ours: above 1 we are ahead.",
         "",
         f"| | µs | GB/s | of a copy | {' | '.join(f'{name} GB/s' for name in others)} | ratio |",
         "|---|" + "---:|" * (4 + len(others)),
