@@ -23,9 +23,11 @@ def main() -> int:
     parser.add_argument("lines", nargs="*", default=["forward"], help="problem lines")
     parser.add_argument("--rounds", default="100", help="rounds that count")
     parser.add_argument("--peers", help="a Python file with more peers")
+    parser.add_argument("--inputs", default="normal", help="normal, or rising: scores that outgrow each other")
     parser.add_argument("--save", help="write the results to this JSON file")
     arguments = parser.parse_args()
     words = ["bench", *arguments.lines, "--device", "cuda", "--peers", PEERS, "--iterations", arguments.rounds]
+    words += ["--inputs", arguments.inputs]
     words += ["--peer-file", arguments.peers] if arguments.peers else []
     words += ["--save", arguments.save] if arguments.save else []
     return flashcore(words)

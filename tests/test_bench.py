@@ -228,6 +228,17 @@ def test_calls_of_the_other_words_run(words, maker):
     assert np.isfinite(arrays.decode(maker.host(result), result.dtype)).all()
 
 
+def test_rising_keys_outgrow_each_other_from_the_last_block_to_the_first():
+    """By more than the 8 powers of two that the fast kernels let pass."""
+    case = cases.parse("fwd fp32 b2 q64 k256 h3 d32")
+    rising = arrays.Maker(cuda=False, index=0, stream=0, inputs="rising")
+    made = arrays.make(case, rising)
+    q, k = (rising.host(made[name]).astype(np.float64) for name in "qk")
+    blocks = (q @ k.swapaxes(-1, -2) / np.sqrt(32) * np.log2(np.e)).reshape(2, 3, 64, 4, 64).max(-1).mean((0, 1, 2))
+    assert (np.diff(blocks[::-1]) > 4).all() and blocks[0] > blocks[-1] + 8
+    assert len(np.unique(k)) == 256 * 32  # each head has them
+
+
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 100])
 def test_an_array_repeats_the_numbers_that_fill_it(count, maker):
     bits = np.arange(7, dtype=np.float16)

@@ -79,7 +79,7 @@ nb::object new_array(const Reader& reader, nb::handle like, const TensorView& se
 Results take_results(Reader& reader, const Wanted& wanted, nb::handle like, const TensorView& q, const TensorView& v) {
   const AttentionOutputs given{.out = reader.read(wanted.out, "out", Access::write),
                                .lse = reader.read(wanted.lse, "lse", Access::write)};
-  Results results{.views = imagined_outputs(given, q, v, wanted.layout, wanted.with_lse)};
+  Results results{.out = {}, .lse = {}, .views = imagined_outputs(given, q, v, wanted.layout, wanted.with_lse)};
   results.out = take(reader, wanted.out, "out", results.views.out, like, q);
   results.lse = take(reader, wanted.lse, "lse", results.views.lse, like, q);
   return results;

@@ -15,6 +15,10 @@ _BITS: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "float64"
 _BITS |= {"float8_e4m3": np.uint8, "int32": np.int32, "bool": np.bool_}
 #: random numbers repeat after so many
 POOL = 1 << 22
+#: what keys are: normal numbers, or such that grow by this with each block of so many towards the first, so that a
+#: running maximum has to move in every block of a kernel that begins with the last keys
+INPUTS = ("normal", "rising")
+RISE, RISE_BLOCK = 2.0, 64
 
 Arrays = dict[str, Any]
 
@@ -51,9 +55,10 @@ def decode(bits: Any, dtype: str) -> Any:
 class Maker:
     """Makes arrays on one device, in order with one stream."""
 
-    def __init__(self, cuda: bool, index: int, stream: int, seed: int = 0) -> None:
+    def __init__(self, cuda: bool, index: int, stream: int, seed: int = 0, inputs: str = "normal") -> None:
         self._where = (cuda, index, stream)
         self.stream = stream
+        self._inputs = inputs
         self._pool = np.random.default_rng(seed).standard_normal(POOL, dtype=np.float32)
         self._encoded: dict[str, Any] = {}
         self._taken = 0
@@ -70,6 +75,16 @@ class Maker:
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Normal numbers; those of the next array begin elsewhere in the pool."""
         return self.repeated(self.numbers(dtype), shape, dtype)
+
+    def keys(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """As the inputs are to be; of packed sequences normal ones."""
+        rows, dim = shape[-2:]
+        if self._inputs == "normal" or len(shape) != 4 or rows * dim > POOL // 2:
+            return self.normal(shape, dtype)
+        self.numbers(dtype)
+        factors = 1 + RISE * ((rows - 1 - np.arange(rows)) // RISE_BLOCK)
+        plane = self._pool[self._taken :][: rows * dim].reshape(rows, dim) * factors[:, None]
+        return self.repeated(encode(plane.astype(np.float32), dtype), shape, dtype)
 
     def numbers(self, dtype: str) -> Any:
         """The bits of as many normal numbers as there are before they repeat; each time they begin elsewhere."""
@@ -134,7 +149,7 @@ def _inputs(case: Case, maker: Maker) -> Arrays:
         lengths = case.lengths("q" if name == "q" else "k")
         packed = (sum(lengths), heads, dim)
         shape = packed if "varlen" in case.words else (case.batch, heads, lengths[0], dim)
-        arrays[name] = maker.normal(shape, dtype)
+        arrays[name] = (maker.keys if name == "k" else maker.normal)(shape, dtype)
     if "varlen" in case.words:
         for letter in "qk":
             bounds = np.concatenate([[0], np.cumsum(case.lengths(letter))])

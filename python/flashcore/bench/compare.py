@@ -58,7 +58,7 @@ def drift(old: Data, new: Data) -> dict[str, float]:
 
 def differences(old: Data, new: Data) -> list[str]:
     """What makes the times of two files hard to compare."""
-    names = ("gpu", "processor", "isa", "clock", "caches")
+    names = ("gpu", "processor", "isa", "clock", "caches", "inputs")
     pairs = []
     for name in names:
         was, now = (data.get("machine", {}).get(name, data.get("settings", {}).get(name)) for data in (old, new))

@@ -32,10 +32,11 @@ class Settings:
     caches: str
     kernels: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
+    inputs: str = "normal"
 
     def as_data(self) -> Data:
-        others = {"clock": self.clock, "caches": self.caches, "kernels": list(self.kernels), "peers": list(self.peers)}
-        return asdict(self.plan) | others
+        how = {"clock": self.clock, "caches": self.caches, "inputs": self.inputs}
+        return asdict(self.plan) | how | {"kernels": list(self.kernels), "peers": list(self.peers)}
 
 
 @dataclass

@@ -36,7 +36,12 @@ class Stage:
     """
 
     def __init__(
-        self, device: Device = None, clock: str = "events", caches: str = "rotate", with_torch: bool = True
+        self,
+        device: Device = None,
+        clock: str = "events",
+        caches: str = "rotate",
+        with_torch: bool = True,
+        inputs: str = "normal",
     ) -> None:
         self.cuda, self.index = parse_device(device)
         self.info = device_info(f"cuda:{self.index}" if self.cuda else "cpu")
@@ -44,7 +49,8 @@ class Stage:
         self.caches = caches if self.cuda else "warm"
         self._stopwatch = _stopwatch(self.cuda, self.index)
         self.stream: Optional[int] = self._stopwatch.stream if self.cuda else None
-        self.maker = Maker(self.cuda, self.index, self.stream or 0)
+        self.maker = Maker(self.cuda, self.index, self.stream or 0, inputs=inputs)
+        self.inputs = inputs
         self.torch = self._usable_torch() if with_torch else None
         self._flushed: Any = None
 

@@ -55,6 +55,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     how.add_argument("--thorough", action="store_true", help="{} + {} rounds, {:g} s".format(*THOROUGH))
     how.add_argument("--clock", choices=CLOCKS, default="events", help="on a GPU; wall: the host's, call by call")
     how.add_argument("--caches", choices=CACHES, default="rotate", help="what a call finds in the GPU's L2 cache")
+    how.add_argument("--inputs", choices=arrays.INPUTS, default="normal", help="rising: keys whose scores outgrow each other")
     how.add_argument("--no-ceilings", action="store_true", help="do not measure the matmul and copy ceilings")
     where = parser.add_argument_group("results")
     where.add_argument("--save", type=Path, metavar="FILE", help="write JSON, after every case")
@@ -148,7 +149,7 @@ def _contenders(console: Console, stage: Stage, arguments: argparse.Namespace) -
 
 def _measure(console: Console, arguments: argparse.Namespace) -> tuple[results.Data, bool]:
     """The result, and whether it is whole."""
-    stage = Stage(arguments.device, arguments.clock, arguments.caches)
+    stage = Stage(arguments.device, arguments.clock, arguments.caches, inputs=arguments.inputs)
     lines = (
         [cases.parse(cases.MISSION).line]
         if arguments.ladder
@@ -159,7 +160,8 @@ def _measure(console: Console, arguments: argparse.Namespace) -> tuple[results.D
         _check_kernel(kernel, lines, stage.device)
     chosen = _contenders(console, stage, arguments)
     plan = _plan(arguments)
-    settings = Settings(plan, stage.clock_name, stage.caches, tuple(kernels), tuple(peer.name for peer in chosen))
+    names = tuple(peer.name for peer in chosen)
+    settings = Settings(plan, stage.clock_name, stage.caches, tuple(kernels), names, stage.inputs)
     machine = provenance.machine(stage)
     data: results.Data = {"machine": machine, "settings": settings.as_data(), "ceilings": None, "complete": False}
     data |= {"ladder": arguments.ladder, "cases": []}
