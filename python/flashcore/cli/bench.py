@@ -55,7 +55,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     how.add_argument("--thorough", action="store_true", help="{} + {} rounds, {:g} s".format(*THOROUGH))
     how.add_argument("--clock", choices=CLOCKS, default="events", help="on a GPU; wall: the host's, call by call")
     how.add_argument("--caches", choices=CACHES, default="rotate", help="what a call finds in the GPU's L2 cache")
-    how.add_argument("--inputs", choices=arrays.INPUTS, default="normal", help="rising: keys whose scores outgrow each other")
+    how.add_argument(
+        "--inputs", choices=arrays.INPUTS, default="normal", help="rising: keys whose scores outgrow each other"
+    )
     how.add_argument("--no-ceilings", action="store_true", help="do not measure the matmul and copy ceilings")
     where = parser.add_argument_group("results")
     where.add_argument("--save", type=Path, metavar="FILE", help="write JSON, after every case")

@@ -35,6 +35,25 @@ inline unsigned new_tag() {
   return launches.fetch_add(1, std::memory_order_relaxed) % kTags + 1;
 }
 
+/// In which order tiles come, and how blocks get them. After `window` and `sequences`.
+inline void order_tiles(const detail::Params& p, const FwdTile& shape, const tile::TileOrder& order, int blocks,
+                        FwdArgs& args) {
+  const bool differ = tiles_differ(p.position) || args.sequences;
+  args.order = order;
+  args.draws = differ && order.tiles > blocks && order.tiles <= tile::TileCounter::kMost;
+  // The later the query, the longer its tile.
+  args.octaves =
+      shape.octaves_from > 0 && order.m_blocks >= shape.octaves_from && args.window.right >= 0 && args.window.left < 0;
+  // In the last rounds no block holds tiles in store. Octaves leave the short ones for the end, but only those.
+  constexpr int kLastRounds = 4;
+  constexpr int kShortTile = 8;
+  args.last_tiles = order.tiles - kLastRounds * blocks;
+  args.short_tile = kShortTile;
+  if (args.octaves) return;
+  args.last_tiles = std::min(args.last_tiles, order.tiles - order.section_heads * order.m_blocks);
+  args.short_tile = std::numeric_limits<int>::max();
+}
+
 template <class Traits>
 void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* workspace, Stream stream) {
   constexpr int kOutRows = 16;  // a warp's
@@ -61,24 +80,11 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* wor
       make_tensor_map(p.out, p.dtype, {size.head_dim_v, rows_q, size.heads_q, batch}, kOutRows);
 
   FwdArgs args{};
-  args.order = {m_blocks, heads, section_heads(p, Traits::kTile.section_mib), tiles};
   args.packed = packed;
   args.sequences = packed || sequence.seqused_k;
-  const bool differ = tiles_differ(p.position) || args.sequences;
-  args.draws = differ && tiles > plan.blocks && tiles <= tile::TileCounter::kMost;
   args.window = key_window(p);
-  constexpr int kOctavesFrom = Traits::kTile.octaves_from;
-  // The later the query, the longer its tile.
-  args.octaves = kOctavesFrom > 0 && m_blocks >= kOctavesFrom && args.window.right >= 0 && args.window.left < 0;
-  // In the last rounds no block holds tiles in store. Octaves leave the short ones for the end, but only those.
-  constexpr int kLastRounds = 4;
-  constexpr int kShortTile = 8;
-  args.last_tiles = tiles - kLastRounds * plan.blocks;
-  args.short_tile = kShortTile;
-  if (!args.octaves) {
-    args.last_tiles = std::min(args.last_tiles, tiles - args.order.section_heads * m_blocks);
-    args.short_tile = std::numeric_limits<int>::max();
-  }
+  order_tiles(p, Traits::kTile, {m_blocks, heads, section_heads(p, Traits::kTile.section_mib), tiles}, plan.blocks,
+              args);
   args.seqlen_q = static_cast<int>(size.seqlen_q);
   args.heads_q = size.heads_q;
   args.group = size.heads_q / size.heads_k;
