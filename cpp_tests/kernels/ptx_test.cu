@@ -242,8 +242,8 @@ __global__ void take_max_pairs(const std::uint32_t* a, const std::uint32_t* b, s
 template <class T>
 void expect_max_pairs(DType dtype) {
   std::vector<std::uint32_t> numbers;
-  for (const double x : {0.0, 1.0, -1.0, 2.5, -3.0, INFINITY, -INFINITY, NAN, std::ldexp(1.0, -14)})
-    numbers.push_back(static_cast<std::uint32_t>(encode(dtype, x)));
+  const std::vector<double> given = {0, 1, -1, 2.5, -3, INFINITY, -INFINITY, NAN, std::ldexp(1.0, -14)};
+  for (const double x : given) numbers.push_back(static_cast<std::uint32_t>(encode(dtype, x)));
   std::vector<std::uint32_t> a;
   std::vector<std::uint32_t> b;
   for (const std::uint32_t x : numbers)
