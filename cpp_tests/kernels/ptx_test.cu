@@ -233,6 +233,44 @@ TEST_F(CudaWarpTest, StoreMatrixPutsEachTileWhereItsRowsSay) {
   EXPECT_EQ(memory.host(), expected);
 }
 
+template <class T>
+__global__ void take_max_pairs(const std::uint32_t* a, const std::uint32_t* b, std::uint32_t* larger) {
+  larger[threadIdx.x] = ptx::max_pair<T>(a[threadIdx.x], b[threadIdx.x]);
+}
+
+/// Every number of a list beside every other, in both halves.
+template <class T>
+void expect_max_pairs(DType dtype) {
+  std::vector<std::uint32_t> numbers;
+  const std::vector<double> given = {0, 1, -1, 2.5, -3, INFINITY, -INFINITY, NAN, std::ldexp(1.0, -14)};
+  for (const double x : given) numbers.push_back(static_cast<std::uint32_t>(encode(dtype, x)));
+  std::vector<std::uint32_t> a;
+  std::vector<std::uint32_t> b;
+  for (const std::uint32_t x : numbers)
+    for (const std::uint32_t y : numbers) {
+      a.push_back(x << 16 | y);
+      b.push_back(y << 16 | x);
+    }
+  const DeviceArray first = to_device(a, kGpu);
+  const DeviceArray second = to_device(b, kGpu);
+  const Results<std::uint32_t> larger(a.size());
+  run_kernel(take_max_pairs<T>, 1, static_cast<int>(a.size()), 0, static_cast<const std::uint32_t*>(first.data()),
+             static_cast<const std::uint32_t*>(second.data()), larger.data());
+  const std::vector<std::uint32_t> actual = larger.host();
+  for (std::size_t n = 0; n < a.size(); ++n) {
+    const double x = decode(dtype, a[n] >> 16);
+    const double y = decode(dtype, a[n] & 0xffff);
+    const double expected = std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y);
+    for (const double got : {decode(dtype, actual[n] >> 16), decode(dtype, actual[n] & 0xffff)})
+      EXPECT_TRUE(std::isnan(expected) ? std::isnan(got) : got == expected) << x << " and " << y << " give " << got;
+  }
+}
+
+TEST_F(CudaWarpTest, MaxPairTakesTheLargerOfEachHalf) {
+  expect_max_pairs<Float16>(DType::float16);
+  expect_max_pairs<BFloat16>(DType::bfloat16);
+}
+
 /// The first warpgroup gives registers to the other two, which then hold kLive numbers each, more than a third of the
 /// register file would allow.
 constexpr int kLive = 200;

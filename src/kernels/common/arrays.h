@@ -11,6 +11,9 @@ namespace flashcore::common {
 /// The offset of element `index`, counted in row-major order.
 FLASHCORE_HD std::int64_t offset_of(const detail::ArrayParams& a, std::int64_t index) {
   std::int64_t offset = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1  // a division of 64 bits is long, and most arrays have no second axis
+#endif
   for (int axis = a.rank - 1; axis > 0; --axis) {
     const std::int64_t rest = index / a.shape[axis];
     offset += (index - rest * a.shape[axis]) * a.stride[axis];

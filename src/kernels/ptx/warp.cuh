@@ -1,4 +1,4 @@
-// Small instructions: register budgets, fast exponentials, packing of 16-bit pairs, matrix stores.
+// Small instructions: register budgets, fast exponentials, maxima, pairs of 16-bit numbers, matrix stores.
 #pragma once
 
 #include <cstdint>
@@ -44,6 +44,29 @@ template <>
 __device__ __forceinline__ std::uint32_t pack<detail::BFloat16>(float low, float high) {
   std::uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+/// max.NaN.f16x2 / max.NaN.bf16x2: the larger of each half; NaN where either is NaN. From 8.0 on.
+template <class T>
+__device__ __forceinline__ std::uint32_t max_pair(std::uint32_t a, std::uint32_t b);
+template <>
+__device__ __forceinline__ std::uint32_t max_pair<detail::Float16>(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ std::uint32_t max_pair<detail::BFloat16>(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+/// max.NaN.f32: the larger of two; NaN where either is NaN. From 8.0 on.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
 

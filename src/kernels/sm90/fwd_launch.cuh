@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 
 #include "../../cuda/check.h"
@@ -26,13 +25,6 @@ inline int section_heads(const detail::Params& p, int section_mib) {
   const std::int64_t bytes = 2 * p.size.seqlen_k * (p.size.head_dim + p.size.head_dim_v);
   const std::int64_t heads = std::max<std::int64_t>(1, section_bytes / std::max<std::int64_t>(1, bytes)) * group;
   return static_cast<int>(std::min(heads, p.size.batch * p.size.heads_q));
-}
-
-/// For each launch another, until they come round.
-inline unsigned new_tag() {
-  static std::atomic<unsigned> launches{0};
-  constexpr unsigned kTags = (1u << tile::TileCounter::kTagBits) - 1;
-  return launches.fetch_add(1, std::memory_order_relaxed) % kTags + 1;
 }
 
 /// In which order tiles come, and how blocks get them. After `window` and `sequences`.
@@ -98,7 +90,7 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* wor
   args.threshold = static_cast<float>(Traits::kTile.growth) / args.scale_log2;
   args.params = p;
   if (!Traits::kEven) {
-    args.counter = {detail::slice<unsigned long long>(workspace, plan.slices[kTileCounter]), new_tag()};
+    args.counter = {detail::slice<unsigned long long>(workspace, plan.slices[kTileCounter]), tile::new_tag()};
     args.any_spoilt = detail::slice<unsigned>(workspace, plan.slices[kAnySpoilt]);
     args.spoilt = detail::slice<std::uint8_t>(workspace, plan.slices[kSpoiltFlags]);
     args.flags_per_head = static_cast<int>(detail::spoilt_flags_per_head(packed, size));

@@ -4,6 +4,8 @@
 // ones. Blocks may draw tiles from a counter.
 #pragma once
 
+#include <atomic>
+
 namespace flashcore::tile {
 
 /// A counter from which the blocks of one launch draw tiles, in memory that nobody has zeroed: a memset would be a node
@@ -40,6 +42,13 @@ struct TileCounter {
     }
   }
 };
+
+/// For each launch another, until they come round.
+inline unsigned new_tag() {
+  static std::atomic<unsigned> launches{0};
+  constexpr unsigned kTags = (1u << TileCounter::kTagBits) - 1;
+  return launches.fetch_add(1, std::memory_order_relaxed) % kTags + 1;
+}
 
 struct TileOrder {
   int m_blocks;       // query blocks per head
