@@ -19,18 +19,18 @@ IDENTITY = ("processor", "family", "model", "stepping")
 
 Cell = dict[str, Any]
 Words = Callable[[Cell], str]
+Results = dict[str, tuple[str, dict[str, Any]]]
 
 
-def newest_results(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """By level, in the order of LEVELS: name and content of the newest file, all of the machine measured last."""
+def newest_results(folder: Path) -> list[Results]:
+    """The machines, newest first: of each level, in the order of LEVELS, the newest file's name and content."""
     files = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("cpu_*.json"))]
     files = sorted((file for file in files if file[1]["cells"]), key=lambda file: file[1]["machine"]["date"])
-
-    def identity(data: dict[str, Any]) -> list[Any]:
-        return [data["machine"].get(name) for name in IDENTITY]
-
-    newest = {data["machine"]["isa"]: (name, data) for name, data in files if identity(data) == identity(files[-1][1])}
-    return {level: newest[level] for level in LEVELS if level in newest}
+    machines: dict[tuple[Any, ...], Results] = {}
+    for name, data in reversed(files):
+        identity = tuple(data["machine"].get(fact) for fact in IDENTITY)
+        machines.setdefault(identity, {}).setdefault(data["machine"]["isa"], (name, data))
+    return [{level: newest[level] for level in LEVELS if level in newest} for newest in machines.values()]
 
 
 def ratio(cell: Cell) -> float:
@@ -89,22 +89,15 @@ def memory_words(memory: list[dict[str, Any]]) -> list[str]:
     return [f"What one forward call on {shape} adds to a process, over its inputs and output: {', '.join(shares)}.", ""]
 
 
-def cpu_section(folder: Path) -> str:
-    """Empty where nothing was measured."""
-    results = newest_results(folder)
-    if not results:
-        return ""
+def machine_section(results: Results) -> list[str]:
+    """The tables of one machine: of its first level, and what the others come to."""
     level, (_, data) = next(iter(results.items()))
     machine, threads = data["machine"], max(cell["threads"] for cell in data["cells"])
     cells = [cell for cell in data["cells"] if cell["threads"] == threads]
     skipping = [cell for cell in cells if skips_work(cell)]
     lines = [
-        "### On the CPU",
-        "",
-        f"On {machine_words(machine)} with {threads_words(threads)}, {LEVELS[level]} ({machine['date']}, commit "
-        f"{machine['git_sha'][:12]}): the time of torch {machine['torch']}'s `scaled_dot_product_attention` over ours, "
-        "and our time. The ratio is the median over rounds in which both take turns in one process; above 1 we are "
-        "ahead.",
+        f"**{machine_words(machine)}** with {threads_words(threads)}, {LEVELS[level]} ({machine['date']}, torch "
+        f"{machine['torch']}, commit {machine['git_sha'][:12]}):",
         "",
         *table(
             [cell for cell in cells if not skips_work(cell)],
@@ -127,7 +120,23 @@ def cpu_section(folder: Path) -> str:
                 lambda cell: f"{cell['time_left']['median']:.1%} ({ratio(cell):.2f})",
             ),
         ]
-    lines += memory_words(data["memory"])
-    links = ", ".join(f"[`bench/results/{name}`](bench/results/{name})" for name, _ in results.values())
-    lines += [f"From {links}, made by `python bench/cpu_compare.py`, which holds all to one level with `--isa`.", ""]
+    return lines + memory_words(data["memory"])
+
+
+def cpu_section(folder: Path) -> str:
+    """Empty where nothing was measured."""
+    machines = newest_results(folder)
+    if not machines:
+        return ""
+    links = ", ".join(f"[`bench/results/{name}`](bench/results/{name})" for m in machines for name, _ in m.values())
+    lines = [
+        "### On the CPU",
+        "",
+        "The time of torch's `scaled_dot_product_attention` over ours, and our time. The ratio is the median over "
+        "rounds in which both take turns in one process; above 1 we are ahead.",
+        "",
+        *(line for results in machines for line in machine_section(results)),
+        f"From {links}, made by `python bench/cpu_compare.py`, which holds all to one level with `--isa`.",
+        "",
+    ]
     return "\n".join(lines)

@@ -152,10 +152,13 @@ def test_readme_takes_the_newest_file_of_each_level(tmp_path):
     assert "both held to AVX2: 2 threads 1.50" in section
 
 
-def test_readme_does_not_mix_machines(tmp_path):
+def test_readme_keeps_machines_apart_and_the_newest_first(tmp_path):
     write(tmp_path, "cpu_new_native.json", [result("fwd x", "float32", 3.0)], date="2026-03-01")
-    write(tmp_path, "cpu_old_avx2.json", [result("fwd x", "float32", 1.5)], isa="avx2", processor="Slide rule")
-    assert "AVX2: " not in cpu_section(tmp_path)
+    write(tmp_path, "cpu_old_avx2.json", [result("fwd y", "float32", 1.5)], isa="avx2", processor="Slide rule")
+    newer, older = cpu_section(tmp_path).split("**Slide rule")
+    assert "**Abacus 9000" in newer
+    assert "| `fwd x` | 3.00 (3 ms)" in newer and "AVX2: " not in newer
+    assert "| `fwd y` | 1.50 (3 ms)" in older and "both held to AVX2: 2 threads 1.50" in older
 
 
 def test_readme_tells_the_memory(tmp_path):
