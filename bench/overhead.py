@@ -38,11 +38,22 @@ def importable(name: str) -> Any:
         return None
 
 
+def runs(name: str, function: Callable[[], Any]) -> bool:
+    """Whether a contender can do this at all here; said if not."""
+    try:
+        function()
+    except Exception as error:
+        print(f"without {name}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
 def microseconds(functions: Calls, calls: int, repeats: int, settle: Callable[[], Any]) -> dict[str, dict[str, float]]:
     """Time of one call of each, over `repeats` rounds of `calls` calls."""
-    rounds: dict[str, list[float]] = {name: [] for name in functions}
+    rounds: dict[str, list[float]] = {name: [] for name in functions if runs(name, functions[name])}
     for _ in range(repeats):
-        for name, function in functions.items():
+        for name in rounds:
+            function = functions[name]
             settle()
             start = time.perf_counter()
             for _ in range(calls):

@@ -47,6 +47,16 @@ __device__ __forceinline__ void named_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+/// bar.red.or: the same; whether any of them came with a condition that holds.
+__device__ __forceinline__ bool named_any(int barrier, int threads, bool condition) {
+  std::uint32_t any;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
+               : "=r"(any)
+               : "r"(int{condition}), "r"(barrier), "r"(threads)
+               : "memory");
+  return any != 0;
+}
+
 /// bar.arrive: counts as arrived and goes on.
 __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

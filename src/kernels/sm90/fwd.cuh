@@ -375,9 +375,8 @@ struct Consumer {
     if (ptx::load_shared(s_base + Plan::kSpoilt)) ptx::bulk_wait<0>();
     __threadfence();
     ptx::named_sync(kAll, Traits::kConsumers * kWarpgroup);
-    if (consumer == 0 && thread == 0) ptx::store_shared(s_base + Plan::kLast, args.counter.leave(gridDim.x));
-    ptx::named_sync(kAll, Traits::kConsumers * kWarpgroup);
-    if (!__any_sync(tile::kAllLanes, ptx::load_shared(s_base + Plan::kLast))) return;
+    const bool last = consumer == 0 && thread == 0 && args.counter.leave(gridDim.x);
+    if (!ptx::named_any(kAll, Traits::kConsumers * kWarpgroup, last)) return;
     __threadfence();
     if (*static_cast<volatile unsigned*>(args.any_spoilt) == args.counter.tag)
       redo_spoilt_rows<Traits>(args, 4 * consumer + warp());

@@ -62,8 +62,7 @@ struct SharedPlan {
   static constexpr int kEmptyTile = kFullTile + 8 * kTileSlots;
   static constexpr int kTiles = (kEmptyTile + 8 * kTileSlots + 15) / 16 * 16;
   static constexpr int kSpoilt = kTiles + kWorkBytes * kTileSlots;  // whether this block has flagged a row
-  static constexpr int kLast = kSpoilt + 4;                         // whether this block is the last
-  static constexpr int kBytes = kLast + 4;
+  static constexpr int kBytes = kSpoilt + 4;
   static_assert(kBytes <= 232448, "more shared memory than a block can have on sm_90");
 };
 
