@@ -108,6 +108,21 @@ TEST_P(VectorAdd, AddsLongVectorsOfEveryAlignment) {
   }
 }
 
+/// Sizes that threads of the CPU share: by lines, and by parts of one.
+TEST_P(VectorAdd, AddsWhatThreadsShare) {
+  Random random(8);
+  for (const Sizes& shape : {Sizes{200001}, {700, 301}, {3, 70001}}) {
+    const Array a = array(shape).fill_random(random);
+    const Array b = array(shape, layouts(shape).back()).fill_random(random);
+    const Array out = array(shape);
+    vector_add(a.view(), b.view(), out.view());
+    const std::vector<double> x = a.values();
+    std::vector<double> sum = b.values();
+    for (std::size_t i = 0; i < sum.size(); ++i) sum[i] = round(x[i] + sum[i]);
+    expect_equal(out.values(), sum);
+  }
+}
+
 TEST_P(VectorAdd, ReadsBroadcastInputs) {
   Random random(1);
   const Array a = array({3, 4}, {0, 1}).fill_random(random);
@@ -365,6 +380,31 @@ TEST_P(Reduce, IsTheSameFromRunToRun) {
     reduce(x.view(), again.view(), ReduceOp::sum);
     EXPECT_EQ(again.bytes(), first.bytes());
   }
+}
+
+/// Sizes that threads of the CPU share: by results, by columns, by pieces of one result, the last ones not whole.
+TEST_P(Reduce, IsTheSameWithAnyNumberOfThreads) {
+  if (device().type != DeviceType::cpu) GTEST_SKIP() << "the CPU's threads";
+  const int before = num_threads();
+  Random random(7);
+  for (const Sizes& shape : {Sizes{140001}, {2, 70001}, {70001, 2}, {700, 101}})
+    for (int axis = -1; axis < static_cast<int>(shape.size()); ++axis)
+      for (const ReduceOp op : {ReduceOp::sum, ReduceOp::min}) {
+        const Array x = array(shape).fill_random(random);
+        SCOPED_TRACE(describe(x.view()) + " axis " + std::to_string(axis) + " op " +
+                     std::to_string(static_cast<int>(op)));
+        const Array alone = array(axis < 0 ? Sizes{} : without(shape, axis));
+        const Array shared = array(axis < 0 ? Sizes{} : without(shape, axis));
+        const auto run = [&](int threads, const Array& out) {
+          set_num_threads(threads);
+          axis < 0 ? reduce(x.view(), out.view(), op) : reduce(x.view(), out.view(), op, axis);
+        };
+        run(1, alone);
+        run(5, shared);
+        expect_reduced(alone, x, shape, op, axis);
+        EXPECT_EQ(shared.bytes(), alone.bytes());
+      }
+  set_num_threads(before);
 }
 
 TEST_P(Reduce, NaNAnywhereGivesNaN) {
