@@ -155,7 +155,7 @@ void launch_op(const ReduceParams& p, int index, Stream stream) {
 template <class T>
 void launch_as(const ReduceParams& p, int index, Stream stream) {
   const auto op = static_cast<ReduceOp>(p.op);
-  if (op == ReduceOp::max || op == ReduceOp::min) return launch_op<T, tile::Max>(p, index, stream);
+  if (op == ReduceOp::max || op == ReduceOp::min) return launch_op<T, Max>(p, index, stream);
   launch_op<T, tile::Sum>(p, index, stream);
 }
 

@@ -55,6 +55,17 @@ __device__ std::uint32_t flip_of(const ReduceParams& p) {
   return sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
 }
 
+/// tile::Max by the one instruction that newer chips have for it.
+struct Max : tile::Max {
+  template <class T>
+  static __device__ T combine(T a, T b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (std::is_same_v<T, float>) return ptx::max_nan(a, b);
+#endif
+    return tile::Max::combine(a, b);
+  }
+};
+
 // ---- what a thread keeps --------------------------------------------------------------------------------------------
 
 /// The larger of each half of two words; NaN where either is NaN.
@@ -79,7 +90,7 @@ __device__ __forceinline__ std::uint32_t larger_pair(std::uint32_t a, std::uint3
 template <class T, class Op>
 struct Places {
   static constexpr int kSize = Vector<T>::kSize;
-  static constexpr bool kPairs = sizeof(T) == 2 && std::is_same_v<Op, tile::Max>;
+  static constexpr bool kPairs = sizeof(T) == 2 && std::is_same_v<Op, Max>;
   static constexpr int kPieces = kPairs ? kSize / 2 : kSize;
   using Acc = typename detail::Accumulator<T>::type;
   using Piece = std::conditional_t<kPairs, std::uint32_t, Acc>;
@@ -94,7 +105,7 @@ struct Places {
   }
 
   static __device__ __forceinline__ Places of(Words given, std::uint32_t flip) {
-    if constexpr (std::is_same_v<Op, tile::Max>)
+    if constexpr (std::is_same_v<Op, Max>)
       for (int n = 0; n < Words::kSize; ++n)
         if (sizeof(T) < 8 || n % 2 == 1) given.x[n] ^= flip;  // the sign of a double is in its upper word
     Places places;

@@ -2,9 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
-
-#include "../ptx/warp.cuh"
 
 namespace flashcore::tile {
 
@@ -29,9 +26,6 @@ struct Max {
   }
   template <class T>
   static __device__ T combine(T a, T b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    if constexpr (std::is_same_v<T, float>) return ptx::max_nan(a, b);
-#endif
     return a > b || a != a ? a : b;
   }
 };
