@@ -8,6 +8,8 @@
 
 namespace flashcore::cpu {
 
+inline constexpr std::int64_t kGrain = 1 << 16;  // elements that are worth a task
+
 /// Walks an array in row-major order, line by line: a line is the last axis, or one element where there is none.
 class Lines {
  public:

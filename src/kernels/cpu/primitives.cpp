@@ -16,8 +16,6 @@ using namespace detail;
 
 namespace {
 
-constexpr std::int64_t kGrain = 1 << 16;  // elements that are worth a task
-
 /// One line of a sum. Where all three are dense the compiler sees steps of 1, and adds several elements at once.
 template <class T>
 void add_line(const T* a, std::int64_t step_a, const T* b, std::int64_t step_b, T* out, std::int64_t step_out,

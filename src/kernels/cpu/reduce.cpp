@@ -19,8 +19,7 @@ using namespace detail;
 
 namespace {
 
-constexpr std::int64_t kGrain = 1 << 16;  // elements that are worth a task
-constexpr int kLanes = 16;                // numbers that are added up side by side
+constexpr int kLanes = 16;  // numbers that are added up side by side
 constexpr std::int64_t kBlock = 32 * kLanes;
 constexpr int kColumns = 64;  // results that are taken side by side
 
