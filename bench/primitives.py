@@ -7,7 +7,7 @@
 A case is an operation (add, sum, max, min, mean), a dtype (fp16, bf16, fp32, fp64), a shape, and the axis that is
 reduced; without one everything is. GB/s counts each byte that has to be read or written once. The share is that of a
 large copy within the same memory, measured in the same run: bytes read and bytes written both counted.
-scripts/update_primitives.py makes the table of docs/measuring.md from the saved file.
+scripts/update_docs.py makes the table of docs/primitives.md from the saved file.
 """
 
 from __future__ import annotations

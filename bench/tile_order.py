@@ -6,8 +6,8 @@
 A problem is head_dim:seqlen:heads (heads of all batch entries). Printed is the time of the last block over the mean,
 for sections of so many MiB of keys and values (tile/scheduler.cuh), and for the same with rows taken by octaves of
 their length: the longest half of all heads first, then the half of the rest, each octave in sections of twice as many
-heads. Blocks draw tiles as fwd.cuh's scheduling warp does: the next one while a tile runs, or up to --ahead of them
-where the tile last drawn has at most --short key blocks, but for the last --last rounds.
+heads. Blocks draw tiles as fwd_work.cuh's scheduling warp does: the next one while a tile runs, or up to --ahead of
+them where the tile last drawn has at most --short key blocks, but for the last --last rounds.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@
 
 #include "../numbers.h"
 #include "../params.h"
-#include "../semantics.h"
 
 namespace flashcore::detail {
 
