@@ -2,6 +2,8 @@
 // there when it was built. Only registry.cpp knows which.
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -12,6 +14,12 @@
 
 namespace flashcore::detail {
 
+/// What a stream is recording.
+struct Capture {
+  std::uint64_t id = 0;  // of another capture another; 0: the stream is not captured
+  void* graph = nullptr;
+};
+
 struct Backend {
   DeviceType type;
 
@@ -19,7 +27,15 @@ struct Backend {
   std::string (*no_device_reason)();
   DeviceInfo (*device_info)(int index);  // index is in range
   MemoryResource& (*system_resource)(int index);
-  bool (*is_capturing)(Stream stream);  // true while the stream records a graph
+
+  // Graphs that streams are captured into. Where there are none, only the first is called.
+  Capture (*capture_of)(Stream stream);
+  // release(what) is called once, on any thread, when neither the graph nor anything made of it will run again. Throws
+  // CudaError: then it never is.
+  void (*keep_with_graph)(void* graph, void* what, void (*release)(void* what));
+  // Does work(stream) with a stream that nobody captures, allowed also beside captures, and waits for the stream.
+  void (*outside_captures)(int index, const std::function<void(Stream)>& work);
+
   void (*copy_to_host)(void* host, const void* device, std::size_t bytes, int index, Stream stream);  // synchronises
   void (*synchronize)(int index, Stream stream);
   bool (*wait_for_all)(int index);  // for every stream; false if CUDA refused (graph capture)

@@ -92,25 +92,70 @@ void TestStream::synchronize() const {
   if (stream_) require(cudaStreamSynchronize(stream_));
 }
 
-void TestStream::capture_and_replay(const std::function<void()>& work, int times) const {
-  cudaGraph_t graph = nullptr;
+TestGraph::TestGraph(void* graph) : graph_(graph) {
   cudaGraphExec_t executable = nullptr;
+  require(cudaGraphInstantiate(&executable, static_cast<cudaGraph_t>(graph), 0));
+  executable_ = executable;
+}
+
+TestGraph::~TestGraph() {
+  if (executable_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable_));
+  if (graph_) cudaGraphDestroy(static_cast<cudaGraph_t>(graph_));
+}
+
+TestGraph::Nodes TestGraph::nodes() const {
+  const auto graph = static_cast<cudaGraph_t>(graph_);
+  std::size_t count = 0;
+  require(cudaGraphGetNodes(graph, nullptr, &count));
+  std::vector<cudaGraphNode_t> nodes(count);
+  require(cudaGraphGetNodes(graph, nodes.data(), &count));
+  Nodes found{};
+  for (const cudaGraphNode_t node : nodes) {
+    cudaGraphNodeType type{};
+    require(cudaGraphNodeGetType(node, &type));
+    ++(type == cudaGraphNodeTypeKernel ? found.kernels : found.others);
+  }
+  return found;
+}
+
+TestGraph TestStream::capture(const std::function<void()>& work) const {
+  cudaGraph_t graph = nullptr;
   require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
   work();
   require(cudaStreamEndCapture(stream_, &graph));
-  require(cudaGraphInstantiate(&executable, graph, 0));
-  for (int i = 0; i < times; ++i) require(cudaGraphLaunch(executable, stream_));
+  return TestGraph(graph);
+}
+
+void TestStream::replay(const TestGraph& graph) const {
+  require(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph.executable_), stream_));
   require(cudaStreamSynchronize(stream_));
-  require(cudaGraphExecDestroy(executable));
-  require(cudaGraphDestroy(graph));
+}
+
+void TestStream::fork_to(const TestStream& other) const {
+  cudaEvent_t event = nullptr;
+  require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  require(cudaEventRecord(event, stream_));
+  require(cudaStreamWaitEvent(other.stream_, event, 0));
+  require(cudaEventDestroy(event));
 }
 #else
 TestStream::TestStream(Device) {}
 TestStream::~TestStream() = default;
 void TestStream::synchronize() const {}
-void TestStream::capture_and_replay(const std::function<void()>& work, int times) const {
-  for (int i = 0; i < times; ++i) work();
-}
+TestGraph::TestGraph(void*) {}
+TestGraph::~TestGraph() = default;
+TestGraph::Nodes TestGraph::nodes() const { return {}; }
+TestGraph TestStream::capture(const std::function<void()>&) const { return TestGraph(nullptr); }
+void TestStream::replay(const TestGraph&) const {}
+void TestStream::fork_to(const TestStream&) const {}
 #endif
+
+TestGraph::TestGraph(TestGraph&& other) noexcept
+    : graph_(std::exchange(other.graph_, nullptr)), executable_(std::exchange(other.executable_, nullptr)) {}
+
+void TestStream::capture_and_replay(const std::function<void()>& work, int times) const {
+  const TestGraph graph = capture(work);
+  for (int i = 0; i < times; ++i) replay(graph);
+}
 
 }  // namespace flashcore::testing

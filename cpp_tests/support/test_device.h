@@ -56,6 +56,26 @@ std::vector<T> to_host(const DeviceArray& array) {
   return values;
 }
 
+/// A CUDA graph, ready to run. Goes when it is destroyed.
+class TestGraph {
+ public:
+  /// Takes over a cudaGraph_t.
+  explicit TestGraph(void* graph);
+  TestGraph(TestGraph&& other) noexcept;
+  ~TestGraph();
+
+  struct Nodes {
+    int kernels;
+    int others;
+  };
+  Nodes nodes() const;
+
+ private:
+  friend class TestStream;
+  void* graph_ = nullptr;
+  void* executable_ = nullptr;
+};
+
 /// A stream of its own on a device; null on the CPU. Waits for its work when it goes.
 class TestStream {
  public:
@@ -66,8 +86,14 @@ class TestStream {
 
   Stream get() const { return stream_; }
   void synchronize() const;
-  /// Records what `work` queues on this stream into a CUDA graph, then runs the graph `times` times. CUDA only.
+  /// Records what `work` queues on this stream. CUDA only.
+  TestGraph capture(const std::function<void()>& work) const;
+  /// Runs it and waits.
+  void replay(const TestGraph& graph) const;
+  /// Both, `times` times; then the graph is gone.
   void capture_and_replay(const std::function<void()>& work, int times) const;
+  /// While this stream is captured: takes `other` into the capture, behind what is queued here.
+  void fork_to(const TestStream& other) const;
 
  private:
   Stream stream_ = nullptr;

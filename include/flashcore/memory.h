@@ -41,8 +41,9 @@ struct MemoryStats {
 
 /// Keeps freed blocks per stream and hands them out again. A block freed on one stream is offered to another only
 /// through `empty_cache`, so that no event is ever needed. Requests are rounded up to size classes (512 bytes, then a
-/// quarter of a power of two) so that nearby sizes share blocks. While a stream is captured into a CUDA graph
-/// the pool steps aside: the request goes upstream and becomes a node of the graph.
+/// quarter of a power of two) so that nearby sizes share blocks. A block that is allocated or freed while its stream is
+/// captured into a CUDA graph belongs to the graph until neither it nor anything made of it will run again; the graph
+/// has no nodes that allocate or free. Such graphs must not be replayed after the pool is gone.
 class FLASHCORE_API PoolResource final : public MemoryResource {
  public:
   /// `upstream` must outlive the pool.
@@ -56,13 +57,13 @@ class FLASHCORE_API PoolResource final : public MemoryResource {
   void deallocate(void* data, std::size_t bytes, Stream stream) noexcept override;
 
   MemoryStats stats() const;
-  /// Waits for the device and returns every cached block to upstream. Not while a stream of the device is captured into
-  /// a graph: waiting ends the capture, and the blocks then stay cached.
+  /// Waits for the device and returns every cached block to upstream; those of graphs are not cached. Not while a
+  /// stream of the device is captured into a graph: waiting ends the capture, and the blocks then stay cached.
   void empty_cache() noexcept;
 
  private:
   struct State;
-  std::unique_ptr<State> state_;
+  std::shared_ptr<State> state_;  // graphs know it, too
 };
 
 /// Takes memory from two functions, for a program (or a Python callback) with an allocator of its own.

@@ -1,10 +1,12 @@
 // Device memory from the CUDA runtime, copies to the host, and the state of streams.
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "../backend.h"
 #include "check.h"
 #include "runtime.h"
 
@@ -43,6 +45,27 @@ class DeviceMemory final : public MemoryResource {
   bool stream_ordered_ = false;
 };
 
+/// Lets this thread allocate while streams are captured.
+class RelaxedCaptures {
+ public:
+  RelaxedCaptures() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "allowing memory beside a capture"); }
+  ~RelaxedCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCaptures(const RelaxedCaptures&) = delete;
+  RelaxedCaptures& operator=(const RelaxedCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the one before
+};
+
+struct OwnStream {
+  OwnStream() { check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream"); }
+  ~OwnStream() { cudaStreamDestroy(stream); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+
+  cudaStream_t stream = nullptr;
+};
+
 std::vector<std::unique_ptr<DeviceMemory>>* make_resources() {
   auto* resources = new std::vector<std::unique_ptr<DeviceMemory>>;
   for (int i = 0; i < device_count(); ++i) resources->push_back(std::make_unique<DeviceMemory>(i));
@@ -57,13 +80,31 @@ MemoryResource& system_resource(int index) {
   return *resources->at(static_cast<std::size_t>(index));
 }
 
-bool is_capturing(Stream stream) {
+detail::Capture capture_of(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+  unsigned long long id = 0;
+  cudaGraph_t graph = nullptr;
+  if (cudaStreamGetCaptureInfo(stream, &status, &id, &graph) != cudaSuccess) {
     cudaGetLastError();  // the legacy stream beside a capturing one: it records nothing itself
-    return false;
+    return {};
   }
-  return status != cudaStreamCaptureStatusNone;
+  return status == cudaStreamCaptureStatusActive ? detail::Capture{id, graph} : detail::Capture{};
+}
+
+void keep_with_graph(void* graph, void* what, void (*release)(void* what)) {
+  cudaUserObject_t object = nullptr;
+  check(cudaUserObjectCreate(&object, what, release, 1, cudaUserObjectNoDestructorSync), "making a graph's object");
+  // If this fails the object is left alone: letting it go would call release.
+  check(cudaGraphRetainUserObject(static_cast<cudaGraph_t>(graph), object, 1, cudaGraphUserObjectMove),
+        "handing an object to a graph");
+}
+
+void outside_captures(int index, const std::function<void(Stream)>& work) {
+  const DeviceGuard guard(index);
+  const RelaxedCaptures relaxed;
+  const OwnStream own;
+  work(own.stream);
+  check(cudaStreamSynchronize(own.stream), "waiting for a stream");
 }
 
 void copy_to_host(void* host, const void* device, std::size_t bytes, int index, Stream stream) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -9,8 +10,9 @@
 #include "flashcore/memory.h"
 
 namespace flashcore::detail {
+struct Capture;
 struct StopwatchClock;
-}
+}  // namespace flashcore::detail
 
 namespace flashcore::cuda {
 
@@ -19,7 +21,9 @@ std::string no_device_reason();
 DeviceInfo device_info(int index);
 
 MemoryResource& system_resource(int index);
-bool is_capturing(Stream stream);
+detail::Capture capture_of(Stream stream);
+void keep_with_graph(void* graph, void* what, void (*release)(void* what));
+void outside_captures(int index, const std::function<void(Stream)>& work);
 void copy_to_host(void* host, const void* device, std::size_t bytes, int index, Stream stream);
 void synchronize(int index, Stream stream);
 bool wait_for_all(int index);
