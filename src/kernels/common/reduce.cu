@@ -13,6 +13,8 @@
 // combines them. Cut and order depend on sizes and strides alone, not on the device or the address, and so does the
 // result.
 #include <algorithm>
+#include <atomic>
+#include <random>
 
 #include "../../cuda/launch.cuh"
 #include "arrays.h"
@@ -24,12 +26,10 @@
 namespace flashcore::common {
 namespace {
 
-constexpr std::int64_t kManyBlocks = 2048;    // keep a device busy to the end; more may not meet at a TileCounter
+constexpr std::int64_t kManyBlocks = 2048;    // keep a device busy to the end
 constexpr std::int64_t kEnoughBlocks = 1024;  // keep a device busy
 constexpr std::int64_t kShortRow = 8;         // vectors a lane, where there are enough rows
 constexpr int kMostChunkParts = 64;           // numbers that a thread of the last block of a strip combines
-
-static_assert(kManyBlocks < 1 << tile::TileCounter::kBlockBits);
 
 enum class Walk { rows, scattered_rows, short_rows, columns };
 
@@ -116,18 +116,20 @@ Walk walk_of(const ReduceParams& p, int vector_size) {
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 
+/// For each launch another, and hardly what memory holds by chance.
+std::uint64_t new_tag() {
+  static std::atomic<std::uint64_t> next{std::random_device{}() * 0x9e3779b97f4a7c15u | 1};
+  return next.fetch_add(0x9e3779b97f4a7c16u, std::memory_order_relaxed);  // odd for ever, hence never 0
+}
+
 /// `meetings`: rows or strips that are cut into chunks, `width` numbers wide.
 template <class Acc, class Kernel>
 void launch_cut(const char* name, Kernel kernel, const ReduceParams& p, const Cut& cut, std::int64_t meetings,
                 int width, int index, Stream stream) {
   if (cut.chunks == 1) meetings = 0;
-  const auto words = static_cast<std::size_t>(meetings) * sizeof(unsigned long long);
-  const auto partials = static_cast<std::size_t>(meetings * cut.chunks * width) * sizeof(Acc);
-  const Buffer buffer(words + partials, {DeviceType::cuda, index}, stream);
-  char* const memory = static_cast<char*>(buffer.data());
-  Meeting<Acc> meeting{};
-  if (meetings > 0)
-    meeting = {reinterpret_cast<unsigned long long*>(memory), reinterpret_cast<Acc*>(memory + words), tile::new_tag()};
+  const auto words = static_cast<std::size_t>(meetings * cut.chunks * width);
+  const Buffer buffer(words * sizeof(ptx::Whole16), {DeviceType::cuda, index}, stream);
+  const Meeting<Acc> meeting{static_cast<ptx::Whole16*>(buffer.data()), words > 0 ? new_tag() : 0};
   cuda::launch_early(name, kernel, cut.blocks, kThreads, stream, p, cut, meeting);
 }
 

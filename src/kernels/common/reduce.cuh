@@ -8,9 +8,9 @@
 
 #include "../numbers.h"
 #include "../params.h"
+#include "../ptx/global.cuh"
 #include "../ptx/warp.cuh"
 #include "../tile/reduce.cuh"
-#include "../tile/scheduler.cuh"
 #include "../tile/vector.cuh"
 #include "arrays.h"
 #include "flashcore/primitives.h"
@@ -231,10 +231,10 @@ __device__ __forceinline__ void accumulate(Kept<T, Op>& kept, const Aligned<T>& 
     Words given[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n, x += pace)
-      if (n < left) given[n] = *reinterpret_cast<const Words*>(x);
+      if (n == 0 || n < left) given[n] = *reinterpret_cast<const Words*>(x);
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n)
-      if (n < left) kept.add(Places<T, Op>::of(given[n], flip));
+      if (n == 0 || n < left) kept.add(Places<T, Op>::of(given[n], flip));
   }
 }
 
@@ -258,29 +258,44 @@ __device__ Acc reduce_group(Acc value, int group, Acc* s_partial) {
   return value;
 }
 
-/// Where the blocks of a result leave what they found: the last one of them combines it, in the order of the chunks.
+/// Where the blocks of a result leave what they found: numbers beside the launch's tag, in memory that nobody has
+/// zeroed. A number and its tag are written at once, so who sees the tag has the number: no block waits for its own
+/// writes, and none but the one that combines them for those of others. That is the block of the last chunk. Blocks
+/// start in the order of their index, so all it waits for has started.
 template <class Acc>
 struct Meeting {
-  unsigned long long* words;  // a tile::TileCounter for each result, or strip of columns
-  Acc* partial;
-  unsigned tag;
+  ptx::Whole16* words;
+  std::uint64_t tag;  // of the launch
 
-  /// By the block of the first chunk, before it reads.
-  __device__ void open(std::int64_t result) const {
-    if (threadIdx.x == 0) tile::TileCounter{words + result, tag}.open(0);
+  __device__ void leave(std::int64_t place, Acc value) const {
+    ptx::Whole16 word{{0, tag}};
+    std::memcpy(word.x, &value, sizeof value);
+    ptx::store_whole(words + place, word);
   }
-  /// By all threads of a block, after they have written its part: whether the block is the last of `blocks`. What the
-  /// others wrote can then be read.
-  __device__ bool is_last(std::int64_t result, int blocks) const {
-    __shared__ bool s_last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      s_last = tile::TileCounter{words + result, tag}.leave(blocks);
-      __threadfence();
+
+  /// What was or will be left at `count` places from `place` on, `stride` apart, in this order. Clears the tags, since
+  /// a captured launch is replayed with the same.
+  template <class Op>
+  __device__ Acc combine(std::int64_t place, std::int64_t stride, int count) const {
+    constexpr int kLooks = 4;  // at once
+    Acc value = Op::template identity<Acc>();
+    ptx::Whole16* at = words + place;
+    for (; count > 0; count -= kLooks, at += kLooks * stride) {
+      ptx::Whole16 given[kLooks];
+#pragma unroll
+      for (int n = 0; n < kLooks; ++n)
+        if (n < count) given[n] = ptx::load_whole(at + n * stride);
+#pragma unroll
+      for (int n = 0; n < kLooks; ++n) {
+        if (n >= count) break;
+        while (given[n].x[1] != tag) given[n] = ptx::load_whole(at + n * stride);
+        ptx::store_whole(at + n * stride, {{0, 0}});
+        Acc other;
+        std::memcpy(&other, given[n].x, sizeof other);
+        value = Op::template combine<Acc>(value, other);
+      }
     }
-    __syncthreads();
-    return s_last;
+    return value;
   }
 };
 

@@ -35,14 +35,17 @@ __device__ Acc meet_in_columns(const Places<T, Op>& places, int group, Acc* s_va
   return column;
 }
 
-/// The chunks of a strip: `across` numbers each. Thread c < `across` gets the value of column c.
+/// The chunks of a strip, `across` numbers each. Thread c < `across` gets the value of column c.
 template <class Op, class Acc>
-__device__ Acc combine_chunks(const Acc* partial, int chunks, int across, Acc* s_value) {
+__device__ Acc combine_chunks(const Meeting<Acc>& meeting, const Cut& cut, std::int64_t strip, int across,
+                              Acc* s_value) {
   const int thread = static_cast<int>(threadIdx.x);
-  Acc value = Op::template identity<Acc>();
-#pragma unroll 8
-  for (int i = thread; i < chunks * across; i += kThreads)  // kThreads is a multiple of `across`
-    value = Op::template combine<Acc>(value, partial[i]);
+  const int column = thread % across;
+  const int chunk = thread / across;     // the thread's first
+  const int chunks = kThreads / across;  // at once
+  Acc value = meeting.template combine<Op>((chunk * cut.strips + strip) * across + column, kThreads * cut.strips,
+                                           (cut.chunks - chunk + chunks - 1) / chunks);
+  __syncthreads();  // s_value may still be read
   s_value[thread] = value;
   __syncthreads();
   if (thread < across)
@@ -73,7 +76,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const std::int64_t row = p.outer.rank > 1 ? strip / cut.sections : 0;
   const std::int64_t column = (strip - row * cut.sections) * across;
   const std::int64_t first = row * cut.columns + column;  // result
-  if (cut.chunks > 1 && chunk == 0) meeting.open(strip);
 
   const T* x = static_cast<const T*>(p.outer.data) + offset_of(p.outer, first) + lane * kSize;
   const std::int64_t left = cut.columns - column - lane * kSize;
@@ -87,10 +89,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                begin + depth, end, down_log2, flip);
   Acc value = meet_in_columns<T, Op>(places, cut.group(), s_value);
   if (cut.chunks > 1) {
-    Acc* partial = meeting.partial + strip * cut.chunks * across;
-    if (thread < across) partial[chunk * across + thread] = value;
-    if (!meeting.is_last(strip, cut.chunks)) return;
-    value = combine_chunks<Op>(partial, cut.chunks, across, s_value);
+    if (thread < across) meeting.leave(std::int64_t{blockIdx.x} * across + thread, value);
+    if (chunk < cut.chunks - 1) return;
+    value = combine_chunks<Op>(meeting, cut, strip, across, s_value);
   }
   if (thread < across && column + thread < cut.columns) store_result<T, Op>(p, first + thread, value);
 }

@@ -82,7 +82,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int chunk = cut.chunks > 1 ? static_cast<int>(blockIdx.x / static_cast<unsigned>(cut.results)) : 0;
   const std::int64_t row =
       (blockIdx.x - chunk * cut.results) * cut.groups() + static_cast<int>(threadIdx.x >> cut.group_log2);
-  if (cut.chunks > 1 && chunk == 0) meeting.open(row);
   Acc value = Op::template identity<Acc>();
   if (row < cut.results) {
     const T* x = static_cast<const T*>(p.outer.data) + offset_of(p.outer, row);
@@ -90,13 +89,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   value = reduce_group<Op>(value, group, s_partial);
   if (cut.chunks > 1) {
-    Acc* partial = meeting.partial + row * cut.chunks;
-    if (threadIdx.x == 0) partial[chunk] = value;
-    if (!meeting.is_last(row, cut.chunks)) return;
-    value = Op::template identity<Acc>();
-#pragma unroll 8
-    for (int i = static_cast<int>(threadIdx.x); i < cut.chunks; i += kThreads)
-      value = Op::template combine<Acc>(value, partial[i]);
+    if (threadIdx.x == 0) meeting.leave(blockIdx.x, value);
+    const std::int64_t last = (cut.chunks - 1) * cut.results;  // chunk's first block
+    if (blockIdx.x < last) return;
+    const int thread = static_cast<int>(threadIdx.x);
+    value = meeting.template combine<Op>(blockIdx.x - last + thread * cut.results, kThreads * cut.results,
+                                         (cut.chunks - thread + kThreads - 1) / kThreads);
     value = reduce_group<Op>(value, kThreads, s_partial);
   }
   if (lane == 0 && row < cut.results) store_result<T, Op>(p, row, value);
