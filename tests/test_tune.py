@@ -30,17 +30,17 @@ from tune_doubles import LINE, Builder, Judge, likes
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (32, 64, 80, 96, 112, 128, 176, 192, 256)
-HAND_SET = Tile(192, 128, 2, 2, True, False, 32, 160)
+HAND_SET = Tile(192, 128, 2, 2, True, True, 32, 160)
 SPACE = Space(64, "full", WIDTHS)
 IDENTITY = {"instance": "i", "lines": [LINE], "device": "d", "sources": "s", "incumbent": asdict(HAND_SET)}
 #: the tiles of tiles.h: head_dim, kind, tile
 KNOWN = [
     (64, "full", HAND_SET),
     (64, "general", Tile(128, 128, 2, 2, True, False, 40, 232)),
-    (128, "positional", Tile(128, 128, 2, 2, True, True, 40, 232)),
+    (128, "full", Tile(192, 80, 2, 2, True, False, 48, 152)),
+    (128, "positional", Tile(192, 64, 2, 2, True, False, 40, 152, 8, 16, 8)),
     (192, "full", Tile(128, 112, 2, 1, False, True, 40, 232)),
     (256, "general", Tile(128, 64, 2, 1, False, True, 40, 232, 8, 32, 16)),
-    (256, "full", Tile(128, 80, 2, 1, False, True, 40, 232, 8, 32, 16)),
 ]
 
 in_checkout = pytest.mark.skipif(not (ROOT / compile.ENTRY).is_file(), reason="needs the source tree")
@@ -291,7 +291,9 @@ def test_the_proposal_is_a_patch_of_the_hand_set_line(tmp_path):
 @in_checkout
 def test_the_proposal_is_a_sentence_where_no_line_has_just_the_tile():
     told = proposal(ROOT, Instance("Float16", 192, "full"), Tile(128, 112, 2, 1, False, True, 40, 232), BEST)
-    assert told.startswith("src/kernels/sm90/tiles.h: fwd_tile(192, false) should return {192, 96,")
+    assert told.startswith(
+        "src/kernels/sm90/tiles.h: fwd_tile(192, FwdKind::full, FwdSize::large) should return {192, 96,"
+    )
 
 
 # ---- the judge's process ---------------------------------------------------------------------------------------------

@@ -30,6 +30,15 @@ inline std::vector<Row> rows_of(unsigned phases) {
   return rows;
 }
 
+/// The row by itself, and with each of its settings.
+inline std::vector<std::string> words_of(const detail::Kernel& row, const detail::Problem& problem, Device device) {
+  std::vector<std::string> words{row.name};
+  if (row.settings)
+    for (const std::string& setting : row.settings(problem, device_info(device)))
+      words.push_back(std::string(row.name) + ":" + setting);
+  return words;
+}
+
 inline std::string as_test_name(std::string text) {
   for (char& c : text)
     if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "../support/attention_case.h"
 #include "../support/bounds.h"
@@ -21,6 +22,10 @@ class ForwardStress : public ::testing::TestWithParam<Row> {
   const detail::Kernel& row() const { return *GetParam().row; }
   Device device() const { return GetParam().device; }
   bool takes(const Problem& problem) const { return detail::refusal(row(), problem, device_info(device())).empty(); }
+  std::string any_word(const Problem& problem, Random& random) const {
+    const std::vector<std::string> words = words_of(row(), problem, device());
+    return words[static_cast<std::size_t>(random.integer(0, static_cast<std::int64_t>(words.size()) - 1))];
+  }
 };
 
 // ---- random problems ------------------------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ TEST_P(ForwardStress, RandomProblemsGiveTheSameBitsWhateverTheMemoryHolds) {
     const Variant& variant = all_variants()[static_cast<std::size_t>(random.integer(0, 3))];
     SCOPED_TRACE(line + ", " + variant.name + ", problem " + std::to_string(done));
     AttentionCase c(problem, device(), variant, random.bits());
-    c.options.kernel = row().name;
+    c.options.kernel = any_word(problem, random);
     if (!c.supports().ok) continue;  // unaligned rows
     const AttentionPlan plan = AttentionPlan::forward(c.inputs(), c.outputs(), c.options);
     const auto first = run_on(c, plan, 0xff, std::nan(""));
@@ -200,6 +205,7 @@ TEST_P(ForwardStress, OddSizesAreRightUnderSteepScores) {
   const Variant& bhsd = all_variants()[0];
   const Variant& bshd = all_variants()[3];
   const std::string dim = " d" + std::to_string(own_head_dim(GetParam()));
+  Random random(3);
   int taken = 0;
   for (const char* sizes : kSizes)
     for (const char* mask : {"", " causal_br"})
@@ -212,7 +218,7 @@ TEST_P(ForwardStress, OddSizesAreRightUnderSteepScores) {
           if (!takes(problem)) continue;
           SCOPED_TRACE(to_line(problem) + ", " + variant->name + ", slope " + std::to_string(static_cast<int>(slope)));
           AttentionCase c(problem, device(), *variant);
-          c.options.kernel = row().name;
+          c.options.kernel = any_word(problem, random);
           if (slope != Slope::none) make_steep(c, slope);
           c.run();
           c.check();
@@ -233,14 +239,16 @@ TEST_P(ForwardStress, SequencesOfUnevenLengthsKeepTheirBits) {
                            "fwd fp16 b200 q70 k140 h4 d64 causal_br seqused"}) {
     const Problem problem = detail::parse_problem(line);
     if (!takes(problem)) continue;
-    SCOPED_TRACE(line);
-    AttentionCase c(problem, device(), all_variants()[0]);
-    c.options.kernel = row().name;
-    const AttentionPlan plan = AttentionPlan::forward(c.inputs(), c.outputs(), c.options);
-    const auto first = run_on(c, plan, 0xff, std::nan(""));
-    for (int n = 1; n < repeats; ++n) ASSERT_EQ(run_on(c, plan, n, n), first) << "run " << n;
-    c.check();
-    ++taken;
+    for (const std::string& word : words_of(row(), problem, device())) {
+      SCOPED_TRACE(std::string(line) + ", " + word);
+      AttentionCase c(problem, device(), all_variants()[0]);
+      c.options.kernel = word;
+      const AttentionPlan plan = AttentionPlan::forward(c.inputs(), c.outputs(), c.options);
+      const auto first = run_on(c, plan, 0xff, std::nan(""));
+      for (int n = 1; n < repeats; ++n) ASSERT_EQ(run_on(c, plan, n, n), first) << "run " << n;
+      c.check();
+      ++taken;
+    }
   }
   if (taken == 0) GTEST_SKIP() << "the row takes no sequences of different lengths";
 }

@@ -112,11 +112,11 @@ class Compiler:
 
     def incumbent(self) -> Tile:
         """The tile that tiles.h has for this instance."""
-        general = str(self.instance.kind == "general").lower()
         program = f"""#include <cstdio>
 #include "tiles.h"
+using namespace flashcore::sm90;
 int main() {{
-  constexpr flashcore::sm90::FwdTile t = flashcore::sm90::fwd_tile({self.instance.bucket}, {general});
+  constexpr FwdTile t = fwd_tile({self.instance.bucket}, FwdKind::{self.instance.kind}, FwdSize::large);
   std::printf("[%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d]", t.block_m, t.block_n, t.stages, t.q_buffers, t.separate_out,
               t.rescale_early, t.producer_registers, t.consumer_registers, t.growth, t.section_mib, t.octaves_from);
 }}

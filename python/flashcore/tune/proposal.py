@@ -17,8 +17,8 @@ def proposal(source: Path, instance: Instance, old: Tile, new: Tile) -> str:
     text = (source / TILES).read_text(encoding="utf-8")
     literal = re.compile(re.escape(f"return {{{old.cpp()}}};"))
     if len(literal.findall(text)) != 1:
-        general = str(instance.kind == "general").lower()
-        return f"{TILES}: fwd_tile({instance.bucket}, {general}) should return {{{new.cpp()}}}, not {{{old.cpp()}}}"
+        call = f"fwd_tile({instance.bucket}, FwdKind::{instance.kind}, FwdSize::large)"
+        return f"{TILES}: {call} should return {{{new.cpp()}}}, not {{{old.cpp()}}}"
     changed = literal.sub(f"return {{{new.cpp()}}};", text)
     lines = difflib.unified_diff(text.splitlines(), changed.splitlines(), f"a/{TILES}", f"b/{TILES}", lineterm="", n=2)
     return "\n".join(lines)

@@ -410,7 +410,7 @@ __device__ __forceinline__ void Consumer<Traits>::run_tile(const CUtensorMap* ma
 
   wait_full(Plan::kFullQ, buffer, QRing::full_parity(q_use));
   ++q_use;
-  if (!Traits::kEven && all.begin < all.end) {
+  if (all.begin < all.end) {
     // Every consumer takes one turn less than the tile has blocks.
     const int before = blocks.begin < blocks.end ? all.end - blocks.end : all.end - all.begin;
     pass(before, blocks.begin < blocks.end ? before : before - 1);

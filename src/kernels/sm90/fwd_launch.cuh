@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "../../cuda/check.h"
@@ -46,18 +47,40 @@ inline void order_tiles(const detail::Params& p, const FwdTile& shape, const til
   args.short_tile = std::numeric_limits<int>::max();
 }
 
+/// Tiles of so many queries; packed: the most that sequences of this total can have.
+inline std::int64_t count_tiles(const detail::Params& p, int block_m) {
+  const detail::SizeParams& size = p.size;
+  if (p.sequence.cu_seqlens_q) return size.heads_q * (size.total_q / block_m + size.batch);
+  return (size.seqlen_q + block_m - 1) / block_m * size.batch * size.heads_q;
+}
+
+/// The call as the kernel takes it.
+template <class Traits>
+detail::Params taken_by(const detail::Params& p, int blocks) {
+  return Traits::kEven ? detail::with_heads_as_rows(p, Traits::kBlockM, blocks) : p;
+}
+
+/// An estimate of the rows in full length that the busiest block goes through. Tiles that are drawn even out but for
+/// half of one; rows behind the last are passed over there, and a causal row sees half of the keys on average.
+template <class Traits>
+double busiest_block(const detail::Params& asked, int blocks) {
+  const detail::Params p = taken_by<Traits>(asked, blocks);
+  constexpr int kRows = Traits::kBlockM;
+  if (Traits::kEven) return kRows * std::ceil(static_cast<double>(count_tiles(p, kRows)) / blocks);
+  const double seen = p.position.causal && p.position.window_left < 0 ? 0.5 : 1.0;
+  return std::max<double>(kRows, seen * static_cast<double>(p.size.total_q * p.size.heads_q) / blocks) + 0.5 * kRows;
+}
+
 template <class Traits>
 void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* workspace, Stream stream) {
   constexpr int kOutRows = 16;  // a warp's
-  const detail::Params& p = Traits::kEven ? detail::with_heads_as_rows(asked, Traits::kBlockM, plan.blocks) : asked;
+  const detail::Params p = taken_by<Traits>(asked, plan.blocks);
   const detail::SizeParams& size = p.size;
   const detail::SequenceParams& sequence = p.sequence;
   const bool packed = sequence.cu_seqlens_q != nullptr;
   const int m_blocks = static_cast<int>((size.seqlen_q + Traits::kBlockM - 1) / Traits::kBlockM);
   const int heads = static_cast<int>(size.batch * size.heads_q);
-  // Packed: the most tiles that sequences of this total can have.
-  const int tiles =
-      packed ? static_cast<int>(size.heads_q * (size.total_q / Traits::kBlockM + size.batch)) : m_blocks * heads;
+  const int tiles = static_cast<int>(count_tiles(p, Traits::kBlockM));
   if (m_blocks == 0 || tiles == 0) return;  // before the maps: they cannot be empty
   const std::int64_t batch = packed ? 1 : size.batch;
   const std::int64_t rows_q = packed ? size.total_q : size.seqlen_q;
@@ -105,16 +128,30 @@ void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* wor
   cuda::launch_early("launching sm90.fwd", kernel, grid, stream, q.map, k.map, v.map, out.map, args);
 }
 
+/// In tiles of the size that ends first, or of Plan::block_m queries.
+template <class Element, int kHeadDim, FwdKind kKind>
+void launch_fwd_sized(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
+  using Large = FwdTraits<Element, kHeadDim, kKind>;
+  if constexpr (has_small_tile(kHeadDim, kKind)) {
+    using Small = FwdTraits<Element, kHeadDim, kKind, FwdSize::small>;
+    const bool small = plan.block_m > 0 ? plan.block_m == Small::kBlockM
+                                        : small_tile_cost(kHeadDim) * busiest_block<Small>(p, plan.blocks) <
+                                              busiest_block<Large>(p, plan.blocks);
+    if (small) return launch_fwd<Small>(plan, p, workspace, stream);
+  }
+  launch_fwd<Large>(plan, p, workspace, stream);
+}
+
 template <class Element, int kHeadDim>
 void launch_fwd_kind(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
   if (p.score.softcap > 0 || p.alibi.data || p.bias.data || p.mask.data)
-    return launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::general>>(plan, p, workspace, stream);
+    return launch_fwd_sized<Element, kHeadDim, FwdKind::general>(plan, p, workspace, stream);
   if (tiles_differ(p.position) || p.sequence.cu_seqlens_q || p.sequence.seqused_k)
-    return launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::positional>>(plan, p, workspace, stream);
-  launch_fwd<FwdTraits<Element, kHeadDim, FwdKind::full>>(plan, p, workspace, stream);
+    return launch_fwd_sized<Element, kHeadDim, FwdKind::positional>(plan, p, workspace, stream);
+  launch_fwd_sized<Element, kHeadDim, FwdKind::full>(plan, p, workspace, stream);
 }
 
-/// The six kernels of a bucket.
+/// The kernels of a bucket.
 template <int kHeadDim>
 void launch_fwd_bucket(const detail::Plan& plan, const detail::Params& p, void* workspace, Stream stream) {
   const cuda::DeviceGuard guard(plan.device.index);

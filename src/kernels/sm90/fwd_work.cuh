@@ -23,7 +23,7 @@ inline constexpr int kWorkBytes = 32;
 inline constexpr int kTileSlots = 4;  // tiles handed from the scheduling warp to the others
 
 /// Element: detail::Float16 or BFloat16. kHeadDim: the bucket that head_dim and head_dim_v fit in.
-template <class Element_, int kHeadDim_, FwdKind kKind>
+template <class Element_, int kHeadDim_, FwdKind kKind, FwdSize kSize = FwdSize::large>
 struct FwdTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -31,7 +31,7 @@ struct FwdTraits {
   /// Tiles all cost the same, so each block takes every gridDim.x-th; otherwise blocks draw them from a counter, which
   /// costs a hand-over a tile (2–3 % at D128) and evens out causal tiles (10–15 %).
   static constexpr bool kEven = kKind == FwdKind::full;
-  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kGeneral);
+  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kKind, kSize);
   /// A block's first half of keys is a product of its own where only that is seen.
   static constexpr bool kHalfFirst = kKind == FwdKind::positional && kTile.block_n == 128;
   static constexpr int kBlockM = kTile.block_m;
@@ -127,10 +127,13 @@ __device__ __forceinline__ FwdPlace place_of(const FwdArgs& args, const tile::Ti
   return {tile.m_block, tile.head - batch * args.heads_q, batch, 0};
 }
 
-/// Tile `index` where all sequences are alike.
+/// Tile `index` where all sequences are alike. Each section of heads begins with another block of queries: else, with a
+/// grid that is a multiple of these, the same multiprocessors would have the last ones, which may be short.
 __device__ __forceinline__ FwdPlace even_place(const FwdArgs& args, int index) {
   if (index >= args.order.tiles) return {-1, 0, 0, 0};
-  return place_of(args, tile::tile_at(args.order, index));
+  tile::Tile tile = tile::tile_at(args.order, index);
+  tile.m_block = (tile.m_block + tile.head / args.order.section_heads) % args.order.m_blocks;
+  return place_of(args, tile);
 }
 __device__ __forceinline__ FwdLengths even_lengths(const FwdArgs& args) {
   return {args.seqlen_q, args.window.seqlen_k, args.window.shift, 0};
@@ -205,9 +208,9 @@ __device__ __forceinline__ BlockRange key_blocks(const tile::KeyWindow& window, 
 template <class Traits>
 __device__ __forceinline__ BlockRange own_blocks(const tile::KeyWindow& window, int seqlen_q, const BlockRange& blocks,
                                                  int top) {
-  if constexpr (Traits::kEven) return blocks;
   const int last = min(top + kRowsPerConsumer, seqlen_q) - 1;
   if (last < top) return {blocks.begin, blocks.begin};
+  if constexpr (Traits::kEven) return blocks;
   const int end = (window.end(last) + Traits::kBlockN - 1) / Traits::kBlockN;
   const int begin = max(window.begin(top) / Traits::kBlockN, blocks.begin);
   return {begin, max(begin, min(end, blocks.end))};

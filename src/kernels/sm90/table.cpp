@@ -72,10 +72,26 @@ std::string refuse_forward(const Problem& problem, const DeviceInfo& device) {
   return {};
 }
 
+constexpr detail::FeatureSet kGeneralFeatures = detail::kMask | detail::kBias | detail::kSoftcap | detail::kAlibi;
+constexpr const char* kRowsOfTile = "rows";
+
+/// "rows<n>": tiles of so many queries.
+template <int bucket>
+std::vector<std::string> forward_settings(const Problem& problem, const DeviceInfo&) {
+  const detail::FeatureSet features = detail::features_of(problem);
+  const bool full = !(features & (kPositionFeatures | detail::kVarlen | detail::kSequsedK));
+  const FwdKind kind = full ? FwdKind::full : FwdKind::positional;
+  if ((features & kGeneralFeatures) || !has_small_tile(bucket, kind)) return {};
+  std::vector<std::string> words;
+  for (const FwdSize size : {FwdSize::large, FwdSize::small})
+    words.push_back(kRowsOfTile + std::to_string(fwd_tile(bucket, kind, size).block_m));
+  return words;
+}
+
 void plan_forward(const Problem& problem, const DeviceInfo& device, Plan& plan) {
-  constexpr detail::FeatureSet kUneven = kPositionFeatures | detail::kMask | detail::kBias | detail::kSoftcap |
-                                         detail::kAlibi | detail::kVarlen | detail::kSequsedK;
+  constexpr detail::FeatureSet kUneven = kPositionFeatures | kGeneralFeatures | detail::kVarlen | detail::kSequsedK;
   plan.blocks = device.multiprocessors;
+  if (!plan.setting.empty()) plan.block_m = std::stoi(plan.setting.substr(std::string_view(kRowsOfTile).size()));
   const detail::FeatureSet features = detail::features_of(problem);
   if (!(features & kUneven)) return;
   const detail::Sizes& s = problem.size;
@@ -96,7 +112,8 @@ constexpr Kernel forward_row(const char* name, void (*launch)(const Plan&, const
           detail::bit(DType::float16) | detail::bit(DType::bfloat16),
           refuse_forward<bucket>,
           plan_forward,
-          launch};
+          launch,
+          forward_settings<bucket>};
 }
 
 constexpr Kernel kRows[] = {

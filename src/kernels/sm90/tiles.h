@@ -10,6 +10,9 @@ enum class FwdKind {
   general,     // these, and softcap, ALiBi, bias, boolean mask
 };
 
+/// Small tiles are for problems that have too few large ones to keep all multiprocessors busy to the end.
+enum class FwdSize { large, small };
+
 /// Shape of one block's work in the forward kernel. Consumer warpgroups own 64 query rows each.
 struct FwdTile {
   int block_m;         // query rows: 64 · consumers
@@ -29,24 +32,43 @@ struct FwdTile {
 };
 
 #ifdef FLASHCORE_FWD_TILE  // the tuner compiles one instance at a time, with a tile of its own
-constexpr FwdTile fwd_tile(int, bool) { return {FLASHCORE_FWD_TILE}; }
+constexpr FwdTile fwd_tile(int, FwdKind, FwdSize) { return {FLASHCORE_FWD_TILE}; }
 #else
-/// `head_dim`: the bucket, 64, 96, 128, 192 or 256. `general`: with softcap, ALiBi, bias or a boolean mask.
-constexpr FwdTile fwd_tile(int head_dim, bool general) {
+/// `head_dim`: the bucket, 64, 96, 128, 192 or 256.
+constexpr FwdTile fwd_tile(int head_dim, FwdKind kind, FwdSize size) {
+  if (size == FwdSize::small) return {128, 128, 2, 2, true, true, 40, 232};
+  const bool full = kind == FwdKind::full;
+  const bool positional = kind == FwdKind::positional;
+  const bool general = kind == FwdKind::general;
   // The general kernel needs more registers than three consumers leave (it spilled 220 bytes at 192×128).
   if (head_dim <= 64 && general) return {128, 128, 2, 2, true, false, 40, 232};
-  // D64: three consumers; 192×128 raced against 128×192 and 192×112, 1.16–1.21 of cuDNN against 0.98–1.04 and 1.12.
-  if (head_dim <= 64) return {192, 128, 2, 2, true, false, 32, 160};
-  // D128: own output staging and two query buffers gave 3–4 % over reusing them; wider key blocks lost 4–9 %.
+  // D64: three consumers; 192×128 raced against 128×192 and 192×112, 1.16–1.21 of cuDNN against 0.98–1.04 and 1.12. The
+  // search found early rescaling (full S2048 +1 %), and that a third stage is worth 1 % at causal S512 alone.
+  if (head_dim <= 64 && positional) return {192, 128, 3, 2, true, true, 32, 160};
+  if (head_dim <= 64) return {192, 128, 2, 2, true, true, 32, 160};
+  // D128: own output staging and two query buffers gave 3–4 % over reusing them. The search found three consumers and
+  // fewer keys: over 128×128 full S2048 +4 %, causal S512, S2048, S8192, S16384 +4 to +5 %.
+  // D96: the same, full S2048 +8 %, causal +13 %, of which octaves of the length are 7.
+  if (head_dim == 96 && full) return {192, 96, 2, 2, false, true, 32, 160};
+  if (head_dim == 96 && positional) return {192, 80, 2, 2, true, true, 40, 152, 8, 32, 8};
+  if (head_dim == 128 && full) return {192, 80, 2, 2, true, false, 48, 152};
+  if (head_dim == 128 && positional) return {192, 64, 2, 2, true, false, 40, 152, 8, 16, 8};
   if (head_dim <= 128) return {128, 128, 2, 2, true, true, 40, 232};
+  // D192: causal S2048 by octaves +16 %, with 64 keys and an output buffer +21 %.
+  if (head_dim == 192 && positional) return {128, 64, 2, 1, true, true, 40, 232, 8, 32, 16};
   if (head_dim <= 192) return {128, general ? 96 : 112, 2, 1, false, true, 40, 232};
-  // D256: 80 keys are what shared memory holds beside 128 queries. By octaves in sections of 32 MiB: causal S2048 0.97
-  // to 1.00 of FlashAttention-3, S8192 0.97 to 0.985. Short sequences lose by it (S512 1.01 to 0.88: keys are read from
-  // memory once for each octave), and so does D128 (S2048).
-  if (general) return {128, 64, 2, 1, false, true, 40, 232, 8, 32, 16};
-  return {128, 80, 2, 1, false, true, 40, 232, 8, 32, 16};
+  // D256: causal by octaves in sections of 32 MiB, S2048 0.97 to 1.00 of FlashAttention-3, S8192 0.97 to 0.985. Short
+  // sequences lose by it (S512 1.01 to 0.88: keys are read from memory once for each octave), and so does D128 (S2048).
+  // The search found 64 keys instead of 80: full S2048 +2 %, causal S512 +4 %, S2048 +2 %, S8192 +1 %.
+  return {128, 64, 2, 1, false, true, 40, 232, 8, 32, 16};
 }
 #endif
+
+/// Which kernels come in both sizes.
+constexpr bool has_small_tile(int head_dim, FwdKind kind) { return head_dim <= 128 && kind != FwdKind::general; }
+
+/// What a row costs in a small tile, in those of a large one (full, many tiles; the same within 2 % for few).
+constexpr double small_tile_cost(int head_dim) { return head_dim <= 64 ? 1.26 : head_dim <= 96 ? 1.16 : 1.085; }
 
 /// The kernel for small problems: a block for so many queries of a head; its keys in one or two parts, each for a
 /// warpgroup, in one or two steps.
