@@ -30,10 +30,10 @@ inline std::vector<Row> rows_of(unsigned phases) {
   return rows;
 }
 
-/// The row by itself, and with each of its settings.
+/// The row by itself, and on a GPU with each of its settings. (The CPU's have tests of their own.)
 inline std::vector<std::string> words_of(const detail::Kernel& row, const detail::Problem& problem, Device device) {
   std::vector<std::string> words{row.name};
-  if (row.settings)
+  if (row.settings && device.type == DeviceType::cuda)
     for (const std::string& setting : row.settings(problem, device_info(device)))
       words.push_back(std::string(row.name) + ":" + setting);
   return words;

@@ -148,7 +148,8 @@ TEST_P(ForwardStress, RandomProblemsGiveTheSameBitsWhateverTheMemoryHolds) {
     const Variant& variant = all_variants()[static_cast<std::size_t>(random.integer(0, 3))];
     SCOPED_TRACE(line + ", " + variant.name + ", problem " + std::to_string(done));
     AttentionCase c(problem, device(), variant, random.bits());
-    c.options.kernel = any_word(problem, random);
+    const std::string word = any_word(problem, random);
+    c.options.kernel = word;
     if (!c.supports().ok) continue;  // unaligned rows
     const AttentionPlan plan = AttentionPlan::forward(c.inputs(), c.outputs(), c.options);
     const auto first = run_on(c, plan, 0xff, std::nan(""));
@@ -218,7 +219,8 @@ TEST_P(ForwardStress, OddSizesAreRightUnderSteepScores) {
           if (!takes(problem)) continue;
           SCOPED_TRACE(to_line(problem) + ", " + variant->name + ", slope " + std::to_string(static_cast<int>(slope)));
           AttentionCase c(problem, device(), *variant);
-          c.options.kernel = any_word(problem, random);
+          const std::string word = any_word(problem, random);
+          c.options.kernel = word;
           if (slope != Slope::none) make_steep(c, slope);
           c.run();
           c.check();
