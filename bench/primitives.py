@@ -5,8 +5,9 @@
     python bench/primitives.py --save bench/results/NAME.json --csv NAME.csv
 
 A case is an operation (add, sum, max, min, mean), a dtype (fp16, bf16, fp32, fp64), a shape, and the axis that is
-reduced; without one everything is. GB/s counts each byte that has to be read or written once. The share is that of a
-large copy within the same memory, measured in the same run: bytes read and bytes written both counted.
+reduced; without one everything is. GB/s counts each byte that has to be read or written once. Shares are those of two
+copies within the same memory, bytes read and bytes written both counted: of a large one, measured once, and of one that
+moves as many bytes as the case, in turn with the contenders.
 scripts/update_docs.py makes the table of docs/primitives.md from the saved file.
 """
 
@@ -21,11 +22,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flashcore as fc
 import numpy as np
+from flashcore import _core
 from flashcore.bench import ceilings, provenance, report
 from flashcore.bench.arrays import NAMES, decode
 from flashcore.bench.results import check_same_run, check_writable, save
@@ -35,7 +38,7 @@ from flashcore.bench.timing import Contender, Plan, take_rounds
 from rich.console import Console
 from rich.progress import track
 
-OURS = "flashcore"
+OURS, COPY = "flashcore", "copy"
 INTERRUPTED = 130
 OPERATIONS = ("add", "sum", "max", "min", "mean")
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
@@ -45,7 +48,7 @@ NORMAL, THOROUGH = (20, 100, 10.0), (100, 1000, 60.0)
 SAMPLED = 1 << 21
 EXAMPLE = '"add fp32 16777216" or "sum fp16 4096x4096 axis0"'
 SUMMARY = ("us_mean", "us_std", "us", "us_p95", "us_p99")
-COLUMNS = ("case", "contender", *SUMMARY, "gbs", "share_copy", "error")
+COLUMNS = ("case", "contender", *SUMMARY, "gbs", "share_copy", "share_same_copy", "error")
 
 Call = Callable[[], Any]
 
@@ -161,6 +164,16 @@ def numpy_call(case: Case, arrays: list[Any], stage: Stage) -> Call:
     return array_module_call(np, case, arrays)
 
 
+def copy_calls(case: Case, count: int, stage: Stage) -> list[Call]:
+    """Copies that move as many bytes as the case, half of them read, half written."""
+    half = (max(case.bytes // 2, 1),)
+    pairs = [(stage.maker.empty(half, "bool"), stage.maker.empty(half, "bool")) for _ in range(count)]
+    if not stage.cuda:  # memory that was never written is not there yet
+        for array in itertools.chain(*pairs):
+            np.from_dlpack(array)[:] = False
+    return [partial(_core.copy_within, target, source, stage.stream or 0) for source, target in pairs]
+
+
 def makers(stage: Stage) -> dict[str, Callable[[Case, list[Any], Stage], Call]]:
     """flashcore and who else can be imported here."""
     found = {OURS: our_call}
@@ -239,11 +252,15 @@ def measure(case: Case, stage: Stage, plan: Plan) -> dict[str, Any]:
         except Exception as reason:  # a contender that cannot do the case is no reason to stop
             entry["failures"][who] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
     with stage.current():
+        contenders.append(ready(COPY, copy_calls(case, len(sets), stage), stage))
         take_rounds(contenders, stage.clock, plan, stage.flush if stage.caches == "flush" else None)
+    entry[COPY] = {}
     for contender in contenders:
-        result = entry["results"][contender.name]
+        result = entry[COPY] if contender.name == COPY else entry["results"][contender.name]
         result |= summary(contender.samples)
         result["gbs"] = case.bytes / result["us"] / 1e3
+    for result in entry["results"].values():
+        result["share_same_copy"] = result["gbs"] / entry[COPY]["gbs"]
     return entry
 
 
@@ -270,10 +287,13 @@ def rows(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def show(console: Console, data: dict[str, Any]) -> None:
-    made = report.table("", "", "mean µs", "std", "p50", "p95", "p99", "GB/s", "% copy", "error", title="Primitives")
+    made = report.table(
+        "", "", "mean µs", "std", "p50", "p95", "p99", "GB/s", "% copy", "% same", "error", title="Primitives"
+    )
     for row in rows(data):
         times = [report.number(row[name]) for name in SUMMARY]
-        rates = [report.number(row["gbs"]), report.percent(row["share_copy"]), f"{row['error']:.1e}"]
+        shares = [report.percent(row[name]) for name in ("share_copy", "share_same_copy")]
+        rates = [report.number(row["gbs"]), *shares, f"{row['error']:.1e}"]
         style = "green" if row["contender"] == OURS else None
         made.add_row(row["case"], row["contender"], *times, *rates, style=style)
     console.print(made)

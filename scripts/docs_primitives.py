@@ -13,13 +13,15 @@ GOAL = 0.9  # of a copy: near enough to the speed of memory
 
 
 def row(entry: dict[str, Any], others: list[str]) -> str:
-    """GB/s of each; ours also in µs, as a share of a copy, and as the time of the best other one over ours."""
+    """GB/s of each; ours also in µs, as shares of a large copy and of one of as many bytes, and as the time of the best
+    other one over ours."""
     results = entry["results"]
     mine = results[OURS]
     theirs = [results[name]["us"] for name in others if name in results]
     rates = [f"{results[name]['gbs']:.0f}" if name in results else "–" for name in others]
     ratio = f"{min(theirs) / mine['us']:.2f}" if theirs else "–"
-    own = (f"{mine['us']:.1f}", f"{mine['gbs']:.0f}", f"{mine['share_copy']:.0%}")
+    same = f"{mine['share_same_copy']:.0%}" if "share_same_copy" in mine else "–"
+    own = (f"{mine['us']:.1f}", f"{mine['gbs']:.0f}", f"{mine['share_copy']:.0%}", same)
     return f"| `{entry['case']}` | {' | '.join([*own, *rates, ratio])} |"
 
 
@@ -36,8 +38,9 @@ def of_file(path: Path) -> list[str]:
         f"{near} of {len(timed)} cases, and {min(shares):.0%} where it reaches least (`{worst['case']}`). The last "
         "column is the time of the best other library over ours: above 1 we are ahead.",
         "",
-        f"| | µs | GB/s | of a copy | {' | '.join(f'{name} GB/s' for name in others)} | ratio |",
-        "|---|" + "---:|" * (4 + len(others)),
+        "| | µs | GB/s | of a large copy | of one of as many bytes | "
+        f"{' | '.join(f'{name} GB/s' for name in others)} | ratio |",
+        "|---|" + "---:|" * (5 + len(others)),
         *(row(entry, others) for entry in timed),
         "",
         f"From [`bench/results/{path.name}`](../bench/results/{path.name}), made by `python bench/primitives.py`.",

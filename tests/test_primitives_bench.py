@@ -101,6 +101,7 @@ def test_a_run_writes_json_and_csv(tmp_path):
         ours = entry["results"]["flashcore"]
         assert ours["gbs"] == pytest.approx(entry["bytes"] / ours["us"] / 1e3)
         assert ours["share_copy"] == pytest.approx(ours["gbs"] / data["ceilings"]["copy_gbs"])
+        assert ours["share_same_copy"] == pytest.approx(entry["copy"]["us"] / ours["us"])
         assert ours["error"] < 1e-3
     results = sum(len(entry["results"]) for entry in data["cases"])
     assert len(files[1].read_text().splitlines()) == 1 + results
