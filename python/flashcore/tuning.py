@@ -44,10 +44,10 @@ def autotune(
     """Measures which kernel of this build is the fastest for each problem on a device, keeps those that beat the usual
     one in a file, and loads the file.
 
-    Every kernel that takes the problem is tried in each of its settings (CPU: instruction sets, parts that the keys are
-    cut into), on random inputs; wrong results are refused, the others timed in turn. A kernel is kept where its lead is
-    larger than the noise and than 1 %. What the file has of other problems and devices stays in it; of these problems
-    the old entries go.
+    Every kernel that takes the problem is tried in each of its settings (instruction sets of a CPU, parts that the keys
+    are cut into, rows of a tile), on random inputs; wrong results are refused, the others timed in turn. A kernel is
+    kept where its lead is larger than the noise and than 1 %. What the file has of other problems and devices stays in
+    it; of these problems the old entries go.
 
     Args:
       problems: a problem line ("decode bf16 b16 q1 k8192 h32/8 d128") or several; `explain(q, k, v, ...)` tells a
