@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -385,6 +386,34 @@ TEST_F(CudaCapturePoolTest, ABlockFreedWithinACaptureIsTheGraphs) {
     pool->deallocate(other, 1000, first);
   }
   wait_for_free_block(data);
+}
+
+TEST_F(CudaCapturePoolTest, ABlockOfTwoGraphsIsFreeWhenBothAreGone) {
+  void* data = nullptr;
+  {
+    std::optional<testing::TestGraph> one(first_.capture([&] { data = pool->allocate(1000, first); }));
+    const testing::TestGraph other = first_.capture([&] { pool->deallocate(data, 1000, first); });
+    one.reset();
+    for (int tries = 0; tries < 20; ++tries) {
+      void* const found = pool->allocate(1000, first);
+      EXPECT_NE(found, data);
+      pool->deallocate(found, 1000, first);
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  }
+  wait_for_free_block(data);
+}
+
+// Work that was queued before may still use it when the graph runs.
+TEST_F(CudaCapturePoolTest, ACapturedCallTakesNoBlockFromBefore) {
+  void* const before = pool->allocate(1000, first);
+  void* within = nullptr;
+  const testing::TestGraph graph = first_.capture([&] {
+    pool->deallocate(before, 1000, first);
+    within = pool->allocate(1000, first);
+    pool->deallocate(within, 1000, first);
+  });
+  EXPECT_NE(within, before);
 }
 
 // A graph that is still there when its pool goes must not be replayed; that it goes later is no matter.

@@ -5,7 +5,8 @@
 //
 // While a stream is captured into a CUDA graph nothing runs; the graph may be replayed at any later time, many times. A
 // block that captured work uses therefore belongs to the graph: CUDA tells when neither the graph nor anything made of
-// it will run again. (Allocations recorded as nodes of the graph would do without that, but cost 3-4 us a replay.)
+// it will run again. (Allocations recorded as nodes of the graph would do without that, but CUDA lets such a graph be
+// instantiated only once at a time.)
 //  - It is new, or idle: other blocks may be in use by work that the graph is not ordered after.
 //  - Freed within the capture, it is handed out again to the same stream there, whose work stays in order.
 //  - Once the graph is gone it is as free as any other: idle, if only captured work has used it.
@@ -43,7 +44,8 @@ std::size_t size_class(std::size_t bytes) {
 /// What is known of a block that was handed out, or that a graph may use, or both.
 struct Block {
   std::size_t bytes;
-  std::uint64_t capture;      // whose graph may use it; 0: none
+  std::uint64_t capture;      // the last one whose graph may use it; 0: none
+  int graphs;                 // that may use it
   bool only_captured;         // nothing but captured work has used it
   bool in_use = true;         // handed out
   Stream freed_on = nullptr;  // if not in use
@@ -95,7 +97,7 @@ struct PoolResource::State : std::enable_shared_from_this<State> {
 // ---- handing out ----------------------------------------------------------------------------------------------------
 
 void* PoolResource::State::allocate(std::size_t bytes, Stream stream) {
-  const Block block{.bytes = bytes, .capture = 0, .only_captured = false};
+  const Block block{.bytes = bytes, .capture = 0, .graphs = 0, .only_captured = false};
   {
     const std::lock_guard lock(mutex);
     const auto [first, end] = free.equal_range({stream, bytes});
@@ -121,13 +123,15 @@ void* PoolResource::State::allocate(std::size_t bytes, Stream stream) {
 }
 
 void* PoolResource::State::allocate_captured(std::size_t bytes, Stream stream, const Capture& capture) {
-  const Block block{.bytes = bytes, .capture = capture.id, .only_captured = true};
+  const Block block{.bytes = bytes, .capture = capture.id, .graphs = 1, .only_captured = true};
   void* data = nullptr;
   {
     const std::lock_guard lock(mutex);
     for (auto& [freed, known] : blocks) {
-      if (known.in_use || known.capture != capture.id || known.freed_on != stream || known.bytes != bytes) continue;
-      hand_out(freed, block);
+      const bool offered = !known.in_use && known.only_captured && known.capture == capture.id;
+      if (!offered || known.freed_on != stream || known.bytes != bytes) continue;
+      known.in_use = true;
+      hand_out(freed, Block(known));
       return freed;
     }
     data = hand_out_idle(block);
@@ -204,9 +208,13 @@ void PoolResource::State::deallocate(void* data, Stream stream) noexcept {
     take_back(block);
     block.freed_on = stream;
     block.only_captured = block.only_captured && capture.id != 0;
-    if (block.capture != 0) return;  // its graph has it still
-    if (capture.id == 0) return set_free(known);
+    if (capture.id == 0) {
+      if (block.graphs == 0) set_free(known);
+      return;
+    }
+    if (block.capture == capture.id) return;  // its graph has it already
     block.capture = capture.id;
+    ++block.graphs;
   }
   try {
     keep_with_graph(data, capture);
@@ -252,13 +260,12 @@ void PoolResource::State::keep_with_graph(void* data, const Capture& capture) {
   static_cast<void>(kept.release());  // the call above deletes it one day
 }
 
-/// Neither the graph nor anything made of it will run again.
+/// Neither one of its graphs nor anything made of that will run again.
 void PoolResource::State::graph_is_gone(void* data) noexcept {
   const std::lock_guard lock(mutex);
   const auto known = blocks.find(data);
   if (known == blocks.end()) return;
-  known->second.capture = 0;
-  if (!known->second.in_use) set_free(known);
+  if (--known->second.graphs == 0 && !known->second.in_use) set_free(known);
 }
 
 /// The pool goes, and with it the right to replay graphs that use its blocks.
