@@ -105,7 +105,7 @@ message(STATUS "flashcore: CUDA ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${
 
 # The driver is reached through the static runtime, never linked: the library loads where there is none.
 target_link_libraries(flashcore PRIVATE CUDA::cudart_static)
-target_compile_definitions(flashcore PRIVATE FLASHCORE_HAVE_CUDA)
+set_source_files_properties(src/registry.cpp PROPERTIES COMPILE_DEFINITIONS FLASHCORE_HAVE_CUDA)
 
 # ---- kernel flags, in one place -----------------------------------------------------------------------------------
 # No fast-math. No -lineinfo: it makes the kernels 1.8 times as large; a profile gets it by CMAKE_CUDA_FLAGS.
@@ -147,8 +147,7 @@ function(flashcore_add_kernels folder)
     VISIBILITY_INLINES_HIDDEN ON
     POSITION_INDEPENDENT_CODE ON)
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
-  target_compile_definitions(${target} PRIVATE
-    $<TARGET_PROPERTY:flashcore,INTERFACE_COMPILE_DEFINITIONS> "FLASHCORE_ARCH_LIST=\"${arch_words}\"")
+  target_compile_definitions(${target} PRIVATE "FLASHCORE_ARCH_LIST=\"${arch_words}\"")
   target_link_libraries(${target} PRIVATE flashcore_kernel_flags)
   target_sources(flashcore PRIVATE $<TARGET_OBJECTS:${target}>)
   if(arg_NO_SPILLS)

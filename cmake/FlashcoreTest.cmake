@@ -36,8 +36,6 @@ function(flashcore_add_testing_library)
   target_include_directories(flashcore_testing PUBLIC ${PROJECT_SOURCE_DIR}/include)
   target_compile_features(flashcore_testing PUBLIC cxx_std_20)
   target_link_libraries(flashcore_testing PUBLIC ${CMAKE_DL_LIBS})
-  target_compile_definitions(flashcore_testing PUBLIC
-    $<TARGET_PROPERTY:flashcore,INTERFACE_COMPILE_DEFINITIONS>)
   if(FLASHCORE_HAVE_CUDA)
     target_link_libraries(flashcore_testing PUBLIC CUDA::cudart_static)
   endif()
