@@ -54,19 +54,15 @@ inline std::int64_t count_tiles(const detail::Params& p, int block_m) {
   return (size.seqlen_q + block_m - 1) / block_m * size.batch * size.heads_q;
 }
 
-/// The call as the kernel takes it.
-template <class Traits>
-detail::Params taken_by(const detail::Params& p, int blocks) {
-  return Traits::kEven ? detail::with_heads_as_rows(p, Traits::kBlockM, blocks) : p;
-}
-
 /// An estimate of the rows in full length that the busiest block goes through. Tiles that are drawn even out but for
 /// half of one; rows behind the last are passed over there, and a causal row sees half of the keys on average.
 template <class Traits>
-double busiest_block(const detail::Params& asked, int blocks) {
-  const detail::Params p = taken_by<Traits>(asked, blocks);
+double busiest_block(const detail::Params& p, int blocks) {
   constexpr int kRows = Traits::kBlockM;
-  if (Traits::kEven) return kRows * std::ceil(static_cast<double>(count_tiles(p, kRows)) / blocks);
+  if constexpr (Traits::kEven) {
+    const auto tiles = static_cast<double>(count_tiles(detail::with_heads_as_rows(p, kRows, blocks), kRows));
+    return kRows * std::ceil(tiles / blocks);
+  }
   const double seen = p.position.causal && p.position.window_left < 0 ? 0.5 : 1.0;
   return std::max<double>(kRows, seen * static_cast<double>(p.size.total_q * p.size.heads_q) / blocks) + 0.5 * kRows;
 }
@@ -74,7 +70,7 @@ double busiest_block(const detail::Params& asked, int blocks) {
 template <class Traits>
 void launch_fwd(const detail::Plan& plan, const detail::Params& asked, void* workspace, Stream stream) {
   constexpr int kOutRows = 16;  // a warp's
-  const detail::Params p = taken_by<Traits>(asked, plan.blocks);
+  const detail::Params& p = Traits::kEven ? detail::with_heads_as_rows(asked, Traits::kBlockM, plan.blocks) : asked;
   const detail::SizeParams& size = p.size;
   const detail::SequenceParams& sequence = p.sequence;
   const bool packed = sequence.cu_seqlens_q != nullptr;
