@@ -34,7 +34,7 @@ struct Choice {
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks whether the operating system saves the registers. Every processor with AVX2 and FMA
 // has F16C.
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
@@ -42,7 +42,7 @@ bool has_avx512() {
 
 /// Whether the processor has AMX for bfloat16 and the kernel lets this process use its registers. To ask is to be
 /// granted them.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr int kTileData = 18;
   unsigned int a = 0;
@@ -56,10 +56,17 @@ bool has_amx() {
   return has_avx512() && tiles_of_bfloat16 && bfloat16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+/// Those that are built, best first.
 const Choice kChoices[] = {
+#ifdef FLASHCORE_ISA_AMX
     {&kAmxIsa, has_amx()},
+#endif
+#ifdef FLASHCORE_ISA_AVX512
     {&kAvx512Isa, has_avx512()},
+#endif
+#ifdef FLASHCORE_ISA_AVX2
     {&kAvx2Isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")},
+#endif
     {&kBaselineIsa, true},
 };
 #elif defined(__aarch64__)
