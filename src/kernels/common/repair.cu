@@ -9,11 +9,12 @@ namespace flashcore::detail {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 4;  // untold, ptxas keeps to 80 registers for older chips and spills
 constexpr int kFlagsPerBlock = kThreads / 32 * kFlagsPerWarp;
 constexpr int kMaxHeadDim = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     repair(const __grid_constant__ Params p, const std::uint8_t* spoilt, std::int64_t flags_per_head) {
   cuda::wait_for_previous_kernel();  // it writes the flags
   constexpr int kWarps = kThreads / 32;
