@@ -22,6 +22,14 @@ export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 capability=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | tr -d .)
 archs=${FLASHCORE_ARCHS:-${capability:+$capability-real}}
 
+# What there is so far, so that a run that is cut off leaves it, too.
+keep_logs() {
+  [[ -n ${OUT:-} ]] || return 0
+  mkdir -p "$OUT"
+  (cd "$work" && tar -czf "$OUT/logs.$BASHPID" -- *.log steps.tsv $(compgen -G '*.xml') 2> /dev/null
+    mv "$OUT/logs.$BASHPID" "$OUT/gpu_check_logs.tar.gz")
+}
+
 # step NAME COMMAND…: runs it under the time limit, keeps its log, exit status and seconds, and goes on.
 step() {
   local name=$1 start=$SECONDS status
@@ -30,6 +38,7 @@ step() {
   timeout --kill-after=10 "${STEP_LIMIT:-600}" "$@" > "$work/$name.log" 2>&1
   status=$?
   printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >> "$work/steps.tsv"
+  keep_logs
   ((status == 0)) || tail -n 40 "$work/$name.log"
   return "$status"
 }
@@ -122,9 +131,6 @@ fi
 
 "$python" scripts/gpu_check_report.py "$work" 2>&1 | tee "$work/report.log"
 status=${PIPESTATUS[0]}
-if [[ -n ${OUT:-} ]]; then
-  mkdir -p "$OUT"
-  (cd "$work" && tar -czf "$OUT/gpu_check_logs.tar.gz" -- *.log steps.tsv $(compgen -G '*.xml'))
-  cp bench/results/gpu_check.json "$OUT/"
-fi
+keep_logs
+[[ -z ${OUT:-} ]] || cp bench/results/gpu_check.json "$OUT/"
 exit "$status"
