@@ -22,13 +22,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flashcore as fc
 import numpy as np
-from flashcore import _core
 from flashcore.bench import ceilings, provenance, report
 from flashcore.bench.arrays import NAMES, decode
 from flashcore.bench.results import check_same_run, check_writable, save
@@ -164,16 +162,6 @@ def numpy_call(case: Case, arrays: list[Any], stage: Stage) -> Call:
     return array_module_call(np, case, arrays)
 
 
-def copy_calls(case: Case, count: int, stage: Stage) -> list[Call]:
-    """Copies that move as many bytes as the case, half of them read, half written."""
-    half = (max(case.bytes // 2, 1),)
-    pairs = [(stage.maker.empty(half, "bool"), stage.maker.empty(half, "bool")) for _ in range(count)]
-    if not stage.cuda:  # memory that was never written is not there yet
-        for array in itertools.chain(*pairs):
-            np.from_dlpack(array)[:] = False
-    return [partial(_core.copy_within, target, source, stage.stream or 0) for source, target in pairs]
-
-
 def makers(stage: Stage) -> dict[str, Callable[[Case, list[Any], Stage], Call]]:
     """flashcore and who else can be imported here."""
     found = {OURS: our_call}
@@ -252,7 +240,9 @@ def measure(case: Case, stage: Stage, plan: Plan) -> dict[str, Any]:
         except Exception as reason:  # a contender that cannot do the case is no reason to stop
             entry["failures"][who] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
     with stage.current():
-        contenders.append(ready(COPY, copy_calls(case, len(sets), stage), stage))
+        # As many bytes as the case moves, half of them read, half written.
+        copies = [ceilings.copy_call(stage, max(case.bytes // 2, 1)) for _ in sets]
+        contenders.append(ready(COPY, copies, stage))
         take_rounds(contenders, stage.clock, plan, stage.flush if stage.caches == "flush" else None)
     entry[COPY] = {}
     for contender in contenders:

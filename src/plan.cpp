@@ -166,10 +166,8 @@ std::vector<std::string> kernel_choices(std::string_view problem_line, Device de
   std::vector<std::string> words;
   for (const detail::Kernel* row : detail::kernels_of(device.type)) {
     if (!detail::refusal(*row, problem, info).empty()) continue;
-    words.emplace_back(row->name);
-    if (!row->settings) continue;
-    for (const std::string& setting : row->settings(problem, info))
-      words.push_back(std::string(row->name) + ":" + setting);
+    const std::vector<std::string> of_row = detail::kernel_words(*row, problem, info);
+    words.insert(words.end(), of_row.begin(), of_row.end());
   }
   return words;
 }

@@ -85,4 +85,11 @@ std::string setting_refusal(const Kernel& kernel, const Problem& problem, const 
          (others.empty() ? "; it has none" : "; it has " + others);
 }
 
+std::vector<std::string> kernel_words(const Kernel& kernel, const Problem& problem, const DeviceInfo& device) {
+  std::vector<std::string> words{kernel.name};
+  if (!kernel.settings) return words;
+  for (const std::string& setting : kernel.settings(problem, device)) words.push_back(words[0] + ":" + setting);
+  return words;
+}
+
 }  // namespace flashcore::detail

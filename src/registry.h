@@ -21,6 +21,9 @@ struct KernelWord {
 };
 KernelWord parse_kernel_word(std::string_view word);
 
+/// What asks for a kernel that takes the problem: its name, then that with each of its settings.
+std::vector<std::string> kernel_words(const Kernel& kernel, const Problem& problem, const DeviceInfo& device);
+
 /// True where `wanted` is the row's name or some whole words of it in a row: "cuda", "sm90" and "sm90.fwd_d64" all
 /// match "cuda.sm90.fwd_d64". Empty matches every row.
 bool matches(std::string_view name, std::string_view wanted);

@@ -32,11 +32,8 @@ inline std::vector<Row> rows_of(unsigned phases) {
 
 /// The row by itself, and on a GPU with each of its settings. (The CPU's have tests of their own.)
 inline std::vector<std::string> words_of(const detail::Kernel& row, const detail::Problem& problem, Device device) {
-  std::vector<std::string> words{row.name};
-  if (row.settings && device.type == DeviceType::cuda)
-    for (const std::string& setting : row.settings(problem, device_info(device)))
-      words.push_back(std::string(row.name) + ":" + setting);
-  return words;
+  if (device.type == DeviceType::cpu) return {row.name};
+  return detail::kernel_words(row, problem, device_info(device));
 }
 
 inline std::string as_test_name(std::string text) {

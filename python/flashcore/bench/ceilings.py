@@ -60,14 +60,19 @@ def _product_tflops(stage: Stage, dtype: str) -> Optional[float]:
     return 2 * size**3 / min(_sampled_seconds(stage, call)) / 1e12
 
 
-def copy_gbs(stage: Stage) -> float:
-    """GB/s of a copy within the device's memory, bytes read and bytes written both counted."""
-    size = GPU_COPY_BYTES if stage.cuda else CPU_COPY_BYTES
+def copy_call(stage: Stage, size: int) -> Callable[[], Any]:
+    """A call that copies so many bytes within the device's memory, from and to memory of its own."""
     source, target = (stage.maker.empty((size,), "bool") for _ in range(2))
     if not stage.cuda:  # memory that was never written is not there yet
         for array in (source, target):
             np.from_dlpack(array)[:] = False
-    times = _sampled_seconds(stage, lambda: _core.copy_within(target, source, stage.stream or 0))
+    return lambda: _core.copy_within(target, source, stage.stream or 0)
+
+
+def copy_gbs(stage: Stage) -> float:
+    """GB/s of a large copy, bytes read and bytes written both counted."""
+    size = GPU_COPY_BYTES if stage.cuda else CPU_COPY_BYTES
+    times = _sampled_seconds(stage, copy_call(stage, size))
     return 2 * size / float(np.median(times)) / 1e9
 
 
