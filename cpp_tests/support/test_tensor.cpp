@@ -67,6 +67,12 @@ void TestTensor::set(const Index& index, double value) {
   std::memcpy(&host_[byte_offset(index)], &bits, size_of(view_.dtype));
 }
 
+void TestTensor::fill(double value) {
+  const std::uint64_t bits = bits_for(view_.dtype, value);
+  const std::size_t bytes = size_of(view_.dtype);
+  for_each_index(view_, [&](const Index& index) { std::memcpy(&host_[byte_offset(index)], &bits, bytes); });
+}
+
 double TestTensor::get(const Index& index) const {
   std::uint64_t bits = 0;
   std::memcpy(&bits, &host_[byte_offset(index)], size_of(view_.dtype));

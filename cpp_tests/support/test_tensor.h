@@ -29,6 +29,7 @@ class TestTensor {
 
   /// The host's copy, which upload and download carry over.
   void set(const Index& index, double value);
+  void fill(double value);
   double get(const Index& index) const;
   void upload();
   void download();
