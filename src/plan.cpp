@@ -120,6 +120,8 @@ std::string tuned_line(const Problem& problem, const DeviceInfo& device, KernelW
 
 }  // namespace
 
+int Plan::setting_number() const { return std::stoi(setting.substr(setting.find_first_of("0123456789"))); }
+
 Plan make_plan(const Problem& problem, const DeviceInfo& device, std::string_view asked) {
   const KernelWord wanted = wanted_kernel(asked, device.device.type);
   Plan plan = choose(problem, device, wanted);

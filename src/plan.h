@@ -29,6 +29,9 @@ struct Plan {
   const void* variant = nullptr;  // which of the row's builds is to run, in the row's own type
   WorkspaceLayout workspace = {};
   std::array<std::size_t, 4> slices = {};  // offsets of the kernel's workspace slices, in the kernel's own order
+
+  /// The number at the end of the setting, which has one: 4 of "splits4".
+  int setting_number() const;
 };
 
 /// Chooses the first row of the registry that supports the problem, or the one that is tuned for it (tuned.h). `wanted`

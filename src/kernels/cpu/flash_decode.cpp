@@ -1,7 +1,6 @@
 // The fast CPU decode: a few queries against many keys, cut into spans of keys so that all threads have work.
 #include <algorithm>
 #include <string>
-#include <string_view>
 
 #include "../semantics.h"
 #include "executor.h"
@@ -25,7 +24,6 @@ constexpr std::int64_t kSpanKeys = 1024;
 /// Other spans are whole multiples of this, up to so many.
 constexpr std::int64_t kSpanStep = 64;
 constexpr std::int64_t kMostSpans = 256;
-constexpr std::string_view kSplits = "splits";
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -36,7 +34,7 @@ std::int64_t even_span(std::int64_t seqlen_k, std::int64_t spans) {
 /// Keys of a span: what the setting says, else kSpanKeys.
 std::int64_t span_keys(const Plan& plan) {
   if (plan.setting.empty()) return kSpanKeys;
-  return even_span(plan.problem.size.seqlen_k, std::stoi(plan.setting.substr(kSplits.size())));
+  return even_span(plan.problem.size.seqlen_k, plan.setting_number());
 }
 
 }  // namespace
@@ -54,7 +52,7 @@ std::vector<std::string> flash_decode_settings(const Problem& problem, const Dev
   const std::int64_t keys = problem.size.seqlen_k;
   std::vector<std::string> words;
   for (std::int64_t spans = 1; spans <= std::min(kMostSpans, divide_up(keys, kSpanStep)); spans *= 2)
-    if (divide_up(keys, even_span(keys, spans)) == spans) words.push_back(std::string(kSplits) + std::to_string(spans));
+    if (divide_up(keys, even_span(keys, spans)) == spans) words.push_back("splits" + std::to_string(spans));
   return words;
 }
 

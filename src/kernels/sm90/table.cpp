@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <iterator>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "flashcore/device.h"
@@ -38,20 +37,18 @@ std::string refuse_small(const Problem& problem, const DeviceInfo& device) {
   return {};
 }
 
-constexpr const char* kSplits = "splits";
-
 /// "splits<n>": keys in so many parts.
 std::vector<std::string> small_settings(const Problem& problem, const DeviceInfo&) {
   const int head_dim = static_cast<int>(std::max(problem.size.head_dim, problem.size.head_dim_v));
   std::vector<std::string> words;
   for (int parts = 1; parts <= kSmallParts; ++parts)
-    if (small_shape(head_dim, problem.size.seqlen_k, parts).keys > 0) words.push_back(kSplits + std::to_string(parts));
+    if (small_shape(head_dim, problem.size.seqlen_k, parts).keys > 0) words.push_back("splits" + std::to_string(parts));
   return words;
 }
 
 void plan_small(const Problem& problem, const DeviceInfo&, Plan& plan) {
   plan.splits = small_parts(problem.size.seqlen_k);
-  if (!plan.setting.empty()) plan.splits = std::stoi(plan.setting.substr(std::string_view(kSplits).size()));
+  if (!plan.setting.empty()) plan.splits = plan.setting_number();
 }
 
 /// `bucket`: the head_dim the kernel is compiled for.
@@ -73,7 +70,6 @@ std::string refuse_forward(const Problem& problem, const DeviceInfo& device) {
 }
 
 constexpr detail::FeatureSet kGeneralFeatures = detail::kMask | detail::kBias | detail::kSoftcap | detail::kAlibi;
-constexpr const char* kRowsOfTile = "rows";
 
 /// "rows<n>": tiles of so many queries.
 template <int bucket>
@@ -84,14 +80,14 @@ std::vector<std::string> forward_settings(const Problem& problem, const DeviceIn
   if ((features & kGeneralFeatures) || !has_small_tile(bucket, kind)) return {};
   std::vector<std::string> words;
   for (const FwdSize size : {FwdSize::large, FwdSize::small})
-    words.push_back(kRowsOfTile + std::to_string(fwd_tile(bucket, kind, size).block_m));
+    words.push_back("rows" + std::to_string(fwd_tile(bucket, kind, size).block_m));
   return words;
 }
 
 void plan_forward(const Problem& problem, const DeviceInfo& device, Plan& plan) {
   constexpr detail::FeatureSet kUneven = kPositionFeatures | kGeneralFeatures | detail::kVarlen | detail::kSequsedK;
   plan.blocks = device.multiprocessors;
-  if (!plan.setting.empty()) plan.block_m = std::stoi(plan.setting.substr(std::string_view(kRowsOfTile).size()));
+  if (!plan.setting.empty()) plan.block_m = plan.setting_number();
   const detail::FeatureSet features = detail::features_of(problem);
   if (!(features & kUneven)) return;
   const detail::Sizes& s = problem.size;
