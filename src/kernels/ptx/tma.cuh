@@ -27,6 +27,13 @@ __device__ __forceinline__ void tma_load(std::uint32_t s_target, const CUtensorM
       : "memory");
 }
 
+/// cp.async.bulk.prefetch.tensor.4d: the box into the L2 cache. A hint: nobody waits for it.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
+}
+
 /// cp.async.bulk.tensor.4d, shared to global, in the thread's bulk group. What lies outside the tensor is not written.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, std::uint32_t s_source, int c0, int c1, int c2,
                                           int c3) {

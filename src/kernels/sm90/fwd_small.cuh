@@ -260,26 +260,43 @@ __global__ void __launch_bounds__(128 * kSmallParts, 1)
       for (int panel = 0; panel < Traits::kPanels; ++panel)
         ptx::tma_load(s_target + panel * rows * 128, map, barrier, panel * 64, row, head, batch, ptx::kEvictLast);
     };
+    const auto prefetch = [&](int row, int head, int batch) {
+#pragma unroll
+      for (int panel = 0; panel < Traits::kPanels; ++panel) ptx::tma_prefetch(map, panel * 64, row, head, batch);
+    };
+    const int q_head = head * args.q_head_step;
+    const int q_batch = batch * args.q_batch_step;
+    const bool keys = warp == 0;
+    const int kv_head = (args.group == 1 ? head : head / args.group) * (keys ? args.k_head_step : args.v_head_step);
+    const int kv_batch = batch * (keys ? args.k_batch_step : args.v_batch_step);
+    // While the kernel before this one ends, what will be loaded comes to the L2 cache, through which that kernel's own
+    // writes go, too. The blocks of a head each see to a share of its keys and values.
+    if (warp == 1) {
+      if (part == 0) prefetch(first_row, q_head, q_batch);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+        if (((i * kSmallParts + part) * 2 + keys) % gridDim.x == blockIdx.x &&
+            blocks[i].first_key < args.window.seqlen_k)
+          prefetch(blocks[i].first_key, kv_head, kv_batch);
+    }
     if (warp == 1) {
       if (part == 0) ptx::barrier_init(full_q, 1);
     } else {
 #pragma unroll
-      for (const SmallBlock& block : blocks) ptx::barrier_init(warp == 0 ? block.full_k : block.full_v, 1);
+      for (const SmallBlock& block : blocks) ptx::barrier_init(keys ? block.full_k : block.full_v, 1);
     }
     ptx::fence_barrier_init();
     cuda::wait_for_previous_kernel();
     if (warp == 1) {
-      if (part == 0) load(s_q, full_q, kSmallQueries, first_row, head * args.q_head_step, batch * args.q_batch_step);
+      if (part == 0) load(s_q, full_q, kSmallQueries, first_row, q_head, q_batch);
       cuda::let_next_kernel_start();
     } else {
-      const int head_k = args.group == 1 ? head : head / args.group;
-      const bool keys = warp == 0;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i)
         if (seen[i])
           load(blocks[i].s_k + (keys ? 0 : Traits::kKBytes), keys ? blocks[i].full_k : blocks[i].full_v, Traits::kKeys,
-               blocks[i].first_key, head_k * (keys ? args.k_head_step : args.v_head_step),
-               batch * (keys ? args.k_batch_step : args.v_batch_step));
+               blocks[i].first_key, kv_head, kv_batch);
     }
   }
   // Where the results go is read from the arguments now, while nothing else is to be done.
