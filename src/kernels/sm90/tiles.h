@@ -54,9 +54,11 @@ constexpr FwdTile fwd_tile(int head_dim, FwdKind kind, FwdSize size) {
   if (head_dim == 128 && full) return {192, 80, 2, 2, true, false, 48, 152};
   if (head_dim == 128 && positional) return {192, 64, 2, 2, true, false, 40, 152, 8, 16, 8};
   if (head_dim <= 128) return {128, 128, 2, 2, true, true, 40, 232};
-  // D192: causal S2048 by octaves +16 %, with 64 keys and an output buffer +21 %.
+  // D192: causal S2048 by octaves +16 %, with 64 keys and an output buffer +21 %; full S2048 with 80 keys and such a
+  // buffer +3 % over 112.
   if (head_dim == 192 && positional) return {128, 64, 2, 1, true, true, 40, 232, 8, 32, 16};
-  if (head_dim <= 192) return {128, general ? 96 : 112, 2, 1, false, true, 40, 232};
+  if (head_dim == 192 && full) return {128, 80, 2, 1, true, false, 40, 232};
+  if (head_dim <= 192) return {128, 96, 2, 1, false, true, 40, 232};
   // D256: causal by octaves in sections of 32 MiB, S2048 0.97 to 1.00 of FlashAttention-3, S8192 0.97 to 0.985. Short
   // sequences lose by it (S512 1.01 to 0.88: keys are read from memory once for each octave), and so does D128 (S2048).
   // The search found 64 keys instead of 80: full S2048 +2 %, causal S512 +4 %, S2048 +2 %, S8192 +1 %.
