@@ -240,8 +240,8 @@ def measure(case: Case, stage: Stage, plan: Plan) -> dict[str, Any]:
         except Exception as reason:  # a contender that cannot do the case is no reason to stop
             entry["failures"][who] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
     with stage.current():
-        # As many bytes as the case moves, half of them read, half written.
-        copies = [ceilings.copy_call(stage, max(case.bytes // 2, 1)) for _ in sets]
+        # As many bytes as the case moves, half of them read, half written; a ragged end would make the copy slower.
+        copies = [ceilings.copy_call(stage, max(case.bytes // 2 // 256 * 256, 1)) for _ in sets]
         contenders.append(ready(COPY, copies, stage))
         take_rounds(contenders, stage.clock, plan, stage.flush if stage.caches == "flush" else None)
     entry[COPY] = {}

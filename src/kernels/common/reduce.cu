@@ -26,7 +26,7 @@
 namespace flashcore::common {
 namespace {
 
-constexpr std::int64_t kManyBlocks = 2048;    // keep a device busy to the end
+constexpr std::int64_t kManyBlocks = 512;     // of chunks: what a large device holds at once, since blocks must meet
 constexpr std::int64_t kEnoughBlocks = 1024;  // keep a device busy
 constexpr std::int64_t kShortRow = 8;         // vectors a lane, where there are enough rows
 constexpr int kMostChunkParts = 64;           // numbers that a thread of the last block of a strip combines
