@@ -37,11 +37,19 @@ Format format_of(DType dtype) {
   }
 }
 
+/// ldexp(x, exponent) for what the small formats need: the power itself is a normal number.
+double scaled(double x, int exponent) {
+  const std::uint64_t bits = static_cast<std::uint64_t>(1023 + exponent) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x * power;
+}
+
 double magnitude(const Format& f, std::uint64_t bits) {
   const auto exponent = static_cast<int>(bits >> f.fraction_bits);
   const auto fraction = static_cast<double>(bits & ((std::uint64_t(1) << f.fraction_bits) - 1));
-  if (exponent == 0) return std::ldexp(fraction, f.smallest_exponent() - f.fraction_bits);
-  return std::ldexp(fraction + std::ldexp(1.0, f.fraction_bits), exponent - f.bias() - f.fraction_bits);
+  if (exponent == 0) return scaled(fraction, f.smallest_exponent() - f.fraction_bits);
+  return scaled(fraction + scaled(1, f.fraction_bits), exponent - f.bias() - f.fraction_bits);
 }
 
 }  // namespace
@@ -86,7 +94,7 @@ std::uint64_t encode(DType dtype, double x) {
   if (size == 0) return sign;
   const int exponent = std::max(std::ilogb(size), f.smallest_exponent());
   // The fraction in units of the last place; nearbyint rounds halves to even.
-  const double units = std::nearbyint(std::ldexp(size, f.fraction_bits - exponent));
+  const double units = std::nearbyint(scaled(size, f.fraction_bits - exponent));
   // Counting up from the first number of this binade: a fraction that overflows carries into the exponent by itself.
   const auto first = static_cast<std::uint64_t>(exponent - f.smallest_exponent()) << f.fraction_bits;
   const std::uint64_t result = first + static_cast<std::uint64_t>(units);

@@ -72,6 +72,7 @@ class Head {
         k(head_of(call.k, batch, kv_head_, seqlen_k_, descale(call.k_descale))),
         v(head_of(call.v, batch, kv_head_, seqlen_k_, descale(call.v_descale))),
         weights(seqlen_q_, seqlen_k_),
+        dots(product(q, transposed(k), exact)),
         slopes(seqlen_q_, seqlen_k_),
         dropout(seqlen_q_, seqlen_k_),
         lse(seqlen_q_, 1),
@@ -95,9 +96,7 @@ class Head {
 
   /// The score of a visible pair; sets the softcap's slope there.
   double score(std::int64_t i, std::int64_t j) {
-    double s = 0;
-    for (std::int64_t d = 0; d < q.columns; ++d) s += q(i, d) * k(j, d);
-    s *= call_.scale;
+    double s = call_.scale * dots(i, j);
     slopes(i, j) = 1;
     if (call_.softcap > 0) {
       const double t = std::tanh(s / call_.softcap);
@@ -113,6 +112,7 @@ class Head {
   }
 
   double dropout_factor(std::int64_t i, std::int64_t j) const {
+    if (call_.dropout_p == 0) return 1;
     const double threshold = std::floor(std::ldexp(call_.dropout_p, 32));
     const bool dropped = oracle_random_word(call_.seed, batch_, head_, i, j) < threshold;
     return dropped ? 0 : 1 / (1 - call_.dropout_p);
@@ -145,6 +145,7 @@ class Head {
  public:
   Matrix q, k, v;
   Matrix weights;       // softmax, before dropout
+  Matrix dots;          // of queries and keys, those that are not seen included
   Matrix slopes;        // of the softcap; 0 where the key is not seen
   Matrix dropout;       // 0 or 1/(1-p)
   Matrix lse;           // a column

@@ -19,7 +19,7 @@ class Random {
   }
 
   /// Uniform in [0, 1).
-  double uniform() { return std::ldexp(static_cast<double>(bits() >> 11), -53); }
+  double uniform() { return 0x1p-53 * static_cast<double>(bits() >> 11); }
 
   /// Uniform in [low, high], both included.
   std::int64_t integer(std::int64_t low, std::int64_t high) {
