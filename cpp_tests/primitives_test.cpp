@@ -387,10 +387,10 @@ TEST_P(Reduce, IsTheSameWithAnyNumberOfThreads) {
   if (device().type != DeviceType::cpu) GTEST_SKIP() << "the CPU's threads";
   const int before = num_threads();
   Random random(7);
-  for (const Sizes& shape : {Sizes{140001}, {2, 70001}, {70001, 2}, {700, 101}})
+  for (const Sizes& shape : {Sizes{140001}, {2, 70001}, {70001, 2}, {700, 101}}) {
+    const Array x = array(shape).fill_random(random);
     for (int axis = -1; axis < static_cast<int>(shape.size()); ++axis)
       for (const ReduceOp op : {ReduceOp::sum, ReduceOp::min}) {
-        const Array x = array(shape).fill_random(random);
         SCOPED_TRACE(describe(x.view()) + " axis " + std::to_string(axis) + " op " +
                      std::to_string(static_cast<int>(op)));
         const Array alone = array(axis < 0 ? Sizes{} : without(shape, axis));
@@ -404,6 +404,7 @@ TEST_P(Reduce, IsTheSameWithAnyNumberOfThreads) {
         expect_reduced(alone, x, shape, op, axis);
         EXPECT_EQ(shared.bytes(), alone.bytes());
       }
+  }
   set_num_threads(before);
 }
 
