@@ -7,8 +7,9 @@ cd "$(dirname "$0")/.."
 usage="usage: scripts/emulate.sh [PROGRAM]
 
 Builds the C++ tests for 64-bit ARM and runs those of the CPU's threads and vectorised kernels, the long ones left out
-(all: ctest --preset aarch64). Then runs PROGRAM, the C++ tests built for x86-64, on processors with and without AVX2:
-each must choose its own instruction set and meet no instruction that it does not know. Without PROGRAM it is built.
+(all: cmake --build --preset aarch64, ctest --preset aarch64). Then runs PROGRAM, flashcore_core_tests built for x86-64,
+on processors with and without AVX2: each must choose its own instruction set and meet no instruction that it does not
+know. Without PROGRAM it is built.
 Installs what is missing: Debian's g++-aarch64-linux-gnu, qemu-user, googletest.
 
 CTEST_PARALLEL_LEVEL and CMAKE_BUILD_PARALLEL_LEVEL are as ctest and CMake read them (default: all cores)."
@@ -26,15 +27,15 @@ install_missing
 
 echo "== 64-bit ARM"
 cmake --preset aarch64 --log-level=NOTICE
-cmake --build --preset aarch64
+cmake --build --preset aarch64 --target flashcore_core_tests
 run_ctest --preset aarch64 \
   --tests-regex '^CpuExecutor[./]|^CpuSimd\.|EachIsa\.(Takes|Skips|Keeps)|^cpu\.|RowTest.*/cpu_(flash|decode)__[a-z]*_b[23]'
 
 program=${1:-}
 if [[ -z $program ]]; then
   cmake --preset dev --log-level=NOTICE
-  cmake --build --preset dev --target flashcore_tests
-  program=build/dev/cpp_tests/flashcore_tests
+  cmake --build --preset dev --target flashcore_core_tests
+  program=build/dev/cpp_tests/flashcore_core_tests
 fi
 
 # The program on a processor of that model, without the warnings about what the emulator leaves out of it.

@@ -66,12 +66,23 @@ install_package() {
     --no-build-isolation --upgrade --target "$site" .
 }
 
+# run_programs NAME FILTER TOOL…: what the filter takes of the programs of C++ tests, under a tool if one is given.
+run_programs() {
+  local name=$1 filter=$2 program status=0
+  shift 2
+  for program in flashcore_core_tests flashcore_tests; do
+    "$@" "$work/cmake/cpp_tests/$program" --gtest_filter="$filter" --gtest_brief=1 \
+      --gtest_output="xml:$work/$name.part-$program.xml" || status=$?
+  done
+  return "$status"
+}
+
 # The C++ tests in a few processes of many tests: a process for each, as ctest has it, would set up CUDA a thousand times.
 run_tests() {
   local shards=$(($(nproc) < 8 ? $(nproc) : 8)) shard status=0 running=()
   for ((shard = 0; shard < shards; ++shard)); do
-    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard "$tests" --gtest_brief=1 \
-      --gtest_output="xml:$work/gtest.part$shard.xml" > "$work/gtest.part$shard.log" 2>&1 &
+    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard run_programs "gtest.part$shard" '*' \
+      > "$work/gtest.part$shard.log" 2>&1 &
     running+=($!)
   done
   for shard in "${!running[@]}"; do
@@ -80,7 +91,7 @@ run_tests() {
   done
   return "$status"
 }
-export -f install_carried build_googletest build_library install_package run_tests
+export -f install_carried build_googletest build_library install_package run_programs run_tests
 export work site python archs
 
 step gpu nvidia-smi
@@ -93,7 +104,6 @@ if [[ -f ${GTest_ROOT:-}/CMakeLists.txt ]]; then
 fi
 
 workers=()  # of pytest, where its xdist is there: Python's tests use little of the GPU
-export tests=$work/cmake/cpp_tests/flashcore_tests
 small='*cuda*:*Cuda*:-*ReferenceShapes*:*ForwardStress*'
 raced='*RowTest*cuda_*q130_k200*:*RowTest*cuda_sm90*q64_k257*:*RowTest*cuda_sm90*q150_k150*:CudaReduceTest.*'
 # Calls that the driver refuses are left to the tests: some ask for that, and other libraries try what may not be there.
@@ -116,13 +126,15 @@ check_cpp &
 check_python &
 wait
 # One after the other, since a sanitizer takes all the GPU can give.
-if [[ -x $tests ]]; then
-  STEP_LIMIT=90 step gtest-memcheck "${memcheck[@]}" "$tests" --gtest_filter="$small" --gtest_output="xml:$work/gtest-memcheck.xml"
+under() {  # under TOOL FILTER LIMIT: a step of C++ tests
+  local -n tool=$1
+  STEP_LIMIT=$3 step "gtest-$1" bash -c 'run_programs "$@"' - "gtest-$1" "$2" "${tool[@]}"
+}
+if [[ -x $work/cmake/cpp_tests/flashcore_tests ]]; then
+  under memcheck "$small" 90
   # Races in shared memory and misuse of barriers, on a few small shapes: every access is watched, which takes its time.
-  STEP_LIMIT=40 step gtest-racecheck "${racecheck[@]}" "$tests" --gtest_filter="$raced" \
-    --gtest_output="xml:$work/gtest-racecheck.xml"
-  STEP_LIMIT=20 step gtest-synccheck "${synccheck[@]}" "$tests" --gtest_filter="$raced:CudaBarrierTest.*" \
-    --gtest_output="xml:$work/gtest-synccheck.xml"
+  under racecheck "$raced" 40
+  under synccheck "$raced:CudaBarrierTest.*" 20
 fi
 if [[ -d $site/flashcore ]]; then
   step pytest-memcheck "${memcheck[@]}" --target-processes all "$python" -m pytest -q -m sanitizer \

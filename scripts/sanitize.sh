@@ -14,13 +14,14 @@ CTEST_PARALLEL_LEVEL and CMAKE_BUILD_PARALLEL_LEVEL are as ctest and CMake read 
 # Rows are tried with a problem of several tiles and one with every feature.
 large='fwd_b1_q130|bwd_b1_q70|decode_b2_q1_k300'
 featured='fwd_b2_q19|bwd_b2_q19|decode_b3_q3_k48'
+programs=(flashcore_core_tests)
 tests=(--tests-regex "^CpuExecutor|Pool|Resource|Buffer|^Validate|RefusedCall.*Writes|ManyThreads|AnyNumberOfThreads|\
 RowTest.*/cpu_(flash|decode)__($large|$featured)")
 presets=()
 for word in "$@"; do
   case $word in
     -h | --help) echo "$usage" && exit 0 ;;
-    --all) tests=() ;;
+    --all) programs+=(flashcore_tests) && tests=() ;;
     sanitize | tsan) presets+=("$word") ;;
     *) echo "scripts/sanitize.sh: '$word' is neither an option nor a preset; $usage" >&2 && exit 2 ;;
   esac
@@ -40,7 +41,7 @@ status=0
 for preset in "${presets[@]}"; do
   echo "== $preset"
   cmake --preset "$preset" --log-level=NOTICE -DFLASHCORE_CPU_ISAS="$isas"
-  cmake --build --preset "$preset" --target flashcore_tests
+  cmake --build --preset "$preset" --target "${programs[@]}"
   run_ctest --preset "$preset" "${tests[@]}" || status=1
 done
 exit $status
