@@ -110,36 +110,31 @@ raced='*RowTest*cuda_*q130_k200*:*RowTest*cuda_sm90*q64_k257*:*RowTest*cuda_sm90
 memcheck=(compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 99)
 racecheck=(compute-sanitizer --tool racecheck --error-exitcode 99)
 synccheck=(compute-sanitizer --tool synccheck --error-exitcode 99)
-# Builds and plain tests of C++ and of Python side by side: each leaves most of the machine idle.
+under() {  # under TOOL FILTER LIMIT: a step of C++ tests
+  local -n tool=$1
+  STEP_LIMIT=$3 step "gtest-$1" bash -c 'run_programs "$@"' - "gtest-$1" "$2" "${tool[@]}"
+}
+# C++ and Python side by side: each leaves most of the machine idle.
 check_cpp() {
   step build bash -c build_library || return
   step gtest bash -c run_tests
   step ctest ctest --test-dir "$work/cmake" --tests-regex '^(install|cpu)\.' --no-tests=error --output-on-failure \
     --output-junit "$work/ctest.xml"
+  under memcheck "$small" 180
+  # Races in shared memory and misuse of barriers, on a few small shapes: every access is watched, which takes its time.
+  under racecheck "$raced" 80
+  under synccheck "$raced:CudaBarrierTest.*" 40
 }
 check_python() {
   step install bash -c install_package || return
   "$python" -c 'import xdist' 2> /dev/null && workers=(--numprocesses "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
   step pytest "$python" -m pytest -q "${workers[@]}" --junitxml="$work/pytest.xml"
+  step pytest-memcheck "${memcheck[@]}" --target-processes all "$python" -m pytest -q -m sanitizer \
+    --junitxml="$work/pytest-memcheck.xml"
 }
 check_cpp &
 check_python &
 wait
-# One after the other, since a sanitizer takes all the GPU can give.
-under() {  # under TOOL FILTER LIMIT: a step of C++ tests
-  local -n tool=$1
-  STEP_LIMIT=$3 step "gtest-$1" bash -c 'run_programs "$@"' - "gtest-$1" "$2" "${tool[@]}"
-}
-if [[ -x $work/cmake/cpp_tests/flashcore_tests ]]; then
-  under memcheck "$small" 90
-  # Races in shared memory and misuse of barriers, on a few small shapes: every access is watched, which takes its time.
-  under racecheck "$raced" 40
-  under synccheck "$raced:CudaBarrierTest.*" 20
-fi
-if [[ -d $site/flashcore ]]; then
-  step pytest-memcheck "${memcheck[@]}" --target-processes all "$python" -m pytest -q -m sanitizer \
-    --junitxml="$work/pytest-memcheck.xml"
-fi
 
 "$python" scripts/gpu_check_report.py "$work" 2>&1 | tee "$work/report.log"
 status=${PIPESTATUS[0]}
