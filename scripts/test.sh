@@ -35,13 +35,16 @@ if [[ -z ${VIRTUAL_ENV:-} ]]; then
   [[ -x $VIRTUAL_ENV/bin/python ]] || "$python" -m venv "$VIRTUAL_ENV"
 fi
 export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH"
-install() { python -m pip install --quiet --disable-pip-version-check "$@"; }
+# What is not imported need not be compiled: for large frameworks that takes longer than all else of their installation.
+install() { python -m pip install --quiet --disable-pip-version-check --no-compile "$@"; }
 
 # ---- install and build -----------------------------------------------------------------------------------------------
 read -ra frameworks <<< "${FLASHCORE_TEST_FRAMEWORKS:-}"
+installing=
 if ((${#frameworks[@]})); then
-  echo "== installing ${frameworks[*]}"
-  install "${frameworks[@]}"
+  echo "== installing ${frameworks[*]}, and meanwhile:"
+  install "${frameworks[@]}" &
+  installing=$!
 fi
 wheel=${FLASHCORE_TEST_WHEEL:-}
 if [[ -z $wheel ]]; then
@@ -50,13 +53,15 @@ if [[ -z $wheel ]]; then
   python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/test-wheel .
   wheel=$(echo build/test-wheel/*.whl)
 fi
-echo "== installing $wheel and what its tests need"
-install --force-reinstall --no-deps "$wheel"
-install "$wheel[test]"
 
 echo "== building the C++ tests"
 cmake --preset "$preset" --log-level=NOTICE -DFLASHCORE_TESTS=ON "$@"
 cmake --build --preset "$preset"
+
+[[ -z $installing ]] || wait "$installing"
+echo "== installing $wheel and what its tests need"
+install --force-reinstall --no-deps "$wheel"
+install "$wheel[test]"
 
 # ---- run -------------------------------------------------------------------------------------------------------------
 status=0
