@@ -127,7 +127,7 @@ check_cpp() {
 }
 check_python() {
   step install bash -c install_package || return
-  "$python" -c 'import xdist' 2> /dev/null && workers=(--numprocesses "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
+  "$python" -c 'import xdist' 2> /dev/null && workers=(--numprocesses "$(($(nproc) < 8 ? $(nproc) : 8))" --dist worksteal)
   step pytest "$python" -m pytest -q "${workers[@]}" --junitxml="$work/pytest.xml"
   step pytest-memcheck "${memcheck[@]}" --target-processes all "$python" -m pytest -q -m sanitizer \
     --junitxml="$work/pytest-memcheck.xml"

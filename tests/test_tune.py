@@ -39,7 +39,7 @@ KNOWN = [
     (64, "general", Tile(128, 128, 2, 2, True, False, 40, 232)),
     (128, "full", Tile(192, 80, 2, 2, True, False, 48, 152)),
     (128, "positional", Tile(192, 64, 2, 2, True, False, 40, 152, 8, 16, 8)),
-    (192, "full", Tile(128, 112, 2, 1, False, True, 40, 232)),
+    (192, "full", Tile(128, 80, 2, 1, True, False, 40, 232)),
     (256, "general", Tile(128, 64, 2, 1, False, True, 40, 232, 8, 32, 16)),
 ]
 
