@@ -16,7 +16,7 @@ large='fwd_b1_q130|bwd_b1_q70|decode_b2_q1_k300'
 featured='fwd_b2_q19|bwd_b2_q19|decode_b3_q3_k48'
 programs=(flashcore_core_tests)
 tests=(--tests-regex "^CpuExecutor|Pool|Resource|Buffer|^Validate|RefusedCall.*Writes|ManyThreads|AnyNumberOfThreads|\
-RowTest.*/cpu_(flash|decode)__($large|$featured)")
+WhileCallsChoose|RowTest.*/cpu_(flash|decode)__($large|$featured)")
 presets=()
 for word in "$@"; do
   case $word in
