@@ -20,11 +20,8 @@ namespace {
 
 using testing::Call;
 using testing::CountingResource;
+using testing::kCpu;
 using testing::test_devices;
-using testing::TestStream;
-
-constexpr Device kCpu = {DeviceType::cpu, 0};
-constexpr std::size_t kUnlimited = std::numeric_limits<std::size_t>::max();
 
 TEST(SystemResource, MemoryIsAlignedAndApart) {
   for (const Device device : test_devices()) {
@@ -47,7 +44,7 @@ TEST(SystemResource, MemoryIsAlignedAndApart) {
 TEST(SystemResource, ExhaustionSaysWhatWasAskedAndLeavesItUsable) {
   for (const Device device : test_devices()) {
     SCOPED_TRACE(name_of(device));
-    constexpr std::size_t kTooMuch = kUnlimited - 1000;
+    constexpr std::size_t kTooMuch = std::numeric_limits<std::size_t>::max() - 1000;
     try {
       system_resource(device).allocate(kTooMuch, nullptr);
       FAIL() << "so many bytes cannot be had";

@@ -24,11 +24,11 @@ namespace {
 
 using testing::Call;
 using testing::CountingResource;
+using testing::kCpu;
+using testing::kCuda;
 using testing::test_devices;
 using testing::TestStream;
 
-constexpr Device kCpu = {DeviceType::cpu, 0};
-constexpr Device kCuda = {DeviceType::cuda, 0};
 constexpr std::size_t kUnlimited = std::numeric_limits<std::size_t>::max();
 
 /// A pool for CUDA streams whose memory is the host's: its book-keeping can be tested without a GPU. Without one the

@@ -8,11 +8,12 @@
 
 #include "flashcore/dlpack.h"
 #include "flashcore/flashcore.h"
+#include "support/test_device.h"
 
 namespace flashcore {
 namespace {
 
-constexpr Device kCpu = {DeviceType::cpu, 0};
+using testing::kCpu;
 
 template <class Error, class Call>
 std::string message_of(const Call& call) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "flashcore/flashcore.h"
+#include "test_device.h"
 
 namespace flashcore::testing {
 
@@ -25,7 +26,7 @@ class CountingResource final : public MemoryResource {
     const std::lock_guard lock(mutex);
     ++attempts;
     if (bytes > limit - live_bytes) throw OutOfMemory("no room for " + std::to_string(bytes));
-    void* data = system_resource({DeviceType::cpu, 0}).allocate(bytes, nullptr);
+    void* data = system_resource(kCpu).allocate(bytes, nullptr);
     allocated.push_back({bytes, stream});
     live[data] = bytes;
     live_bytes += bytes;
@@ -40,7 +41,7 @@ class CountingResource final : public MemoryResource {
     live_bytes -= found->second;
     live.erase(found);
     freed.push_back({bytes, stream});
-    system_resource({DeviceType::cpu, 0}).deallocate(data, bytes, nullptr);
+    system_resource(kCpu).deallocate(data, bytes, nullptr);
   }
 
   std::mutex mutex;

@@ -38,8 +38,8 @@ void copy(void* target, const void* source, std::size_t bytes, Device, Direction
 }  // namespace
 
 std::vector<Device> test_devices() {
-  std::vector<Device> devices{{DeviceType::cpu, 0}};
-  if (device_count() > 0) devices.push_back({DeviceType::cuda, 0});
+  std::vector<Device> devices{kCpu};
+  if (device_count() > 0) devices.push_back(kCuda);
   return devices;
 }
 

@@ -10,6 +10,9 @@
 
 namespace flashcore::testing {
 
+inline constexpr Device kCpu = {DeviceType::cpu, 0};
+inline constexpr Device kCuda = {DeviceType::cuda, 0};
+
 /// The CPU and, where there is one, cuda:0.
 std::vector<Device> test_devices();
 
