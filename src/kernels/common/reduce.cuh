@@ -111,6 +111,10 @@ struct Places {
     Places places;
     if constexpr (kPairs) {
       for (int n = 0; n < kPieces; ++n) places.x[n] = given.x[n];
+    } else if constexpr (std::is_same_v<T, detail::BFloat16>) {
+      // The upper half where it is: taken out and put back it costs two instructions.
+      for (int n = 0; n < kPieces; ++n)
+        places.x[n] = detail::float_of(n % 2 == 0 ? given.x[n / 2] << 16 : given.x[n / 2] & 0xffff0000u);
     } else {
       Vector<T> numbers;
       std::memcpy(&numbers, &given, sizeof numbers);
@@ -266,6 +270,13 @@ template <class Acc>
 struct Meeting {
   ptx::Whole16* words;
   std::uint64_t tag;  // of the launch
+
+  /// Asks the block's `width` places into the L2 cache, so that those who look do not wait for memory.
+  __device__ __forceinline__ void expect(int width) const {
+    int thread = static_cast<int>(threadIdx.x);
+    ptx::keep(thread);  // an address for here alone: kept until the number is left, it would cost a spill
+    if (tag != 0 && thread < width) ptx::prefetch_to_stay(words + std::int64_t{blockIdx.x} * width + thread);
+  }
 
   __device__ void leave(std::int64_t place, Acc value) const {
     ptx::Whole16 word{{0, tag}};

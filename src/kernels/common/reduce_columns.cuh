@@ -62,8 +62,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   constexpr int kSize = Vector<T>::kSize;
   constexpr int kNumbers = kThreads / tile::kWarpSize * kMostAcross * kSize;
   __shared__ Acc s_value[kNumbers > kThreads ? kNumbers : kThreads];
-  cuda::wait_for_previous_kernel();
-  cuda::let_next_kernel_start();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread & (cut.group() - 1);
   const int depth = thread >> cut.group_log2;
@@ -81,6 +79,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const std::int64_t left = cut.columns - column - lane * kSize;
   const std::int64_t begin = chunk * cut.length;
   const std::int64_t end = begin + cut.length < p.inner ? begin + cut.length : p.inner;
+  ptx::keep(x);  // worked out while the kernel before this one ends
+  meeting.expect(across);
+  cuda::wait_for_previous_kernel();
+  cuda::let_next_kernel_start();
   Places<T, Op> places = Places<T, Op>::identity();
   if (cut.vectors && left >= kSize)
     accumulate(places, Aligned<T>{x, stride}, begin + depth, end, down_log2, flip);

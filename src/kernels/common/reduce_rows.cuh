@@ -75,18 +75,17 @@ template <bool kAligned, class T, class Op, class Acc>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce_rows_kernel(const __grid_constant__ ReduceParams p, const Cut cut, const Meeting<Acc> meeting) {
   __shared__ Acc s_partial[kThreads / tile::kWarpSize];
-  cuda::wait_for_previous_kernel();
-  cuda::let_next_kernel_start();
   const int group = cut.group();
   const int lane = static_cast<int>(threadIdx.x) & (group - 1);
   const int chunk = cut.chunks > 1 ? static_cast<int>(blockIdx.x / static_cast<unsigned>(cut.results)) : 0;
   const std::int64_t row =
       (blockIdx.x - chunk * cut.results) * cut.groups() + static_cast<int>(threadIdx.x >> cut.group_log2);
+  const T* x = static_cast<const T*>(p.outer.data) + offset_of(p.outer, row < cut.results ? row : 0);
+  ptx::keep(x);  // worked out while the kernel before this one ends
+  cuda::wait_for_previous_kernel();
+  cuda::let_next_kernel_start();
   Acc value = Op::template identity<Acc>();
-  if (row < cut.results) {
-    const T* x = static_cast<const T*>(p.outer.data) + offset_of(p.outer, row);
-    value = reduce_chunk<kAligned, T, Op>(p, cut, x, chunk * cut.length, lane);
-  }
+  if (row < cut.results) value = reduce_chunk<kAligned, T, Op>(p, cut, x, chunk * cut.length, lane);
   value = reduce_group<Op>(value, group, s_partial);
   if (cut.chunks > 1) {
     if (threadIdx.x == 0) meeting.leave(blockIdx.x, value);

@@ -1,4 +1,4 @@
-// Global memory beyond C++: stores under a predicate, and 16 bytes that other blocks see at once.
+// Global memory beyond C++: stores under a predicate, 16 bytes that other blocks see at once, and asking ahead.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,13 @@ __device__ __forceinline__ Whole16 load_whole(const Whole16* address) {
                : "l"(address)
                : "memory");
   return value;
+}
+
+/// prefetch.global.L2::evict_last
+__device__ __forceinline__ void prefetch_to_stay(const void* address) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(address) : "memory");
+#endif
 }
 
 }  // namespace flashcore::ptx

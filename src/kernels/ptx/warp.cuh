@@ -1,4 +1,5 @@
-// Small instructions: register budgets, fast exponentials, maxima, pairs of 16-bit numbers, matrix stores.
+// Small instructions: values held in place, register budgets, fast exponentials, maxima, pairs of 16-bit numbers,
+// matrix stores.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +7,15 @@
 #include "../numbers.h"
 
 namespace flashcore::ptx {
+
+/// No instruction: the compiler must have the value in a register here and may assume nothing of it after this point.
+/// So it is worked out here, not where it is used.
+template <class T>
+__device__ __forceinline__ void keep(T*& pointer) {
+  asm volatile("" : "+l"(pointer)::"memory");
+}
+__device__ __forceinline__ void keep(std::int64_t& number) { asm volatile("" : "+l"(number)::"memory"); }
+__device__ __forceinline__ void keep(int& number) { asm volatile("" : "+r"(number)::"memory"); }
 
 /// setmaxnreg: all four warps of a warpgroup give registers back, or take them. 24 to 256, a multiple of 8.
 template <int kRegisters>

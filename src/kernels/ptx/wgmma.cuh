@@ -36,13 +36,6 @@ __device__ __forceinline__ void keep(std::uint32_t (&registers)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-/// The same for one value: it is worked out here, not where it is used.
-template <class T>
-__device__ __forceinline__ void keep(T*& pointer) {
-  asm volatile("" : "+l"(pointer)::"memory");
-}
-__device__ __forceinline__ void keep(std::int64_t& number) { asm volatile("" : "+l"(number)::"memory"); }
-
 /// Shared-memory matrix descriptor of a tile with 128-byte swizzle: rows of 128 bytes, atoms of 8 rows (1024 bytes).
 /// `leading_bytes`: distance between 64-wide panels for a transposed B; unused otherwise. Steps inside the tile are
 /// added to the descriptor in units of 16 bytes.

@@ -272,19 +272,18 @@ __global__ void __launch_bounds__(128 * kSmallParts, 1)
     // While the kernel before this one ends, what will be loaded comes to the L2 cache, through which that kernel's own
     // writes go, too. The blocks of a head each see to a share of its keys and values.
     if (warp == 1) {
-      if (part == 0) prefetch(first_row, q_head, q_batch);
+      if (part == 0) {
+        prefetch(first_row, q_head, q_batch);
+        ptx::barrier_init(full_q, 1);
+      }
     } else {
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i)
+      for (int i = 0; i < kSteps; ++i) {
         if (((i * kSmallParts + part) * 2 + keys) % gridDim.x == blockIdx.x &&
             blocks[i].first_key < args.window.seqlen_k)
           prefetch(blocks[i].first_key, kv_head, kv_batch);
-    }
-    if (warp == 1) {
-      if (part == 0) ptx::barrier_init(full_q, 1);
-    } else {
-#pragma unroll
-      for (const SmallBlock& block : blocks) ptx::barrier_init(keys ? block.full_k : block.full_v, 1);
+        ptx::barrier_init(keys ? blocks[i].full_k : blocks[i].full_v, 1);
+      }
     }
     ptx::fence_barrier_init();
     cuda::wait_for_previous_kernel();
