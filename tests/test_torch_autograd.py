@@ -358,20 +358,24 @@ def test_a_changed_mask_is_noticed(place):
         out.sum().backward()
 
 
-def test_deterministic_follows_torch(place, monkeypatch):
-    from flashcore.torch import functional
+@pytest.mark.parametrize("words", [{}, {"softcap": 30.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("setting", [False, True])
+def test_deterministic_follows_torch(place, setting, words, monkeypatch):
+    """As it is when the call is made, whatever it is when gradients are asked for."""
+    from flashcore.torch import autograd, functional
 
     seen, convert = [], functional.convert
-    monkeypatch.setattr(functional, "convert", lambda *words: (seen.append(words[7]), convert(*words))[1])
+    for module in (autograd, functional):
+        monkeypatch.setattr(module, "convert", lambda *words: (seen.append(words[7]), convert(*words))[1])
     q = leaf(1, 1, 2, 4, place=place)
-    for value in (False, True):
-        torch.use_deterministic_algorithms(value)
-        try:
-            fct.attention(q, q, q)
-            fct.attention(q, q, q, deterministic=not value)
-        finally:
-            torch.use_deterministic_algorithms(False)
-    assert seen == [False, True, True, False]
+    torch.use_deterministic_algorithms(setting)
+    try:
+        results = [fct.attention(q, q, q, **words), fct.attention(q, q, q, deterministic=not setting, **words)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for out in results:
+        out.sum().backward()
+    assert seen == [setting, not setting]
 
 
 @pytest.mark.parametrize("words", [{"softcap": None}, {"dropout_p": None}, {"seed": "x"}, {"seed": -1}], ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from .. import _core
 from ..attention import _bound, _unpack
-from ..attention import attention as _whole_attention
-from ..interop import LazyNegation, known, qualified
+from ..interop import LazyNegation, qualified
 from ..options import Causal, Layout, Window, convert
 from . import batching, ops  # noqa: F401  (batching registers its rules)
-from .autograd import Attention, MergeStates, record, refuse_constants
+from .autograd import Attention, MergeStates, record, record_plain, refuse_constants
+from .ops import attend
 
 _UNKNOWN = (-1, -1)
 _CONSTANT = tuple(i for i in range(len(ops.TENSORS)) if i not in ops.DIFFERENTIABLE)
@@ -40,8 +39,6 @@ _onlookers = _core.Onlookers(
 #: a tuple of tensors, the first of them not None -> the road of the call, unless a compiler looks on
 road_of = _onlookers.road
 casts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # on some device
-#: `flashcore.attention`, without its warning about gradients
-attend = _core.shortcut(inspect.unwrap(_whole_attention), known, "quiet")
 
 _Result = Union[Tensor, tuple[Tensor, Tensor]]
 
@@ -97,7 +94,7 @@ def attention(
             if road == LIBRARY:
                 return attend(q, k, v, causal=causal, scale=scale, layout=layout)  # type: ignore[no-any-return]
             if road == AUTOGRAD:
-                return record_plain(q, k, v, causal, scale, layout, deterministic)
+                return record_plain((layout, causal, scale, deterministic), q, k, v)  # type: ignore[no-any-return]
         except LazyNegation:
             pass
     if k is None:
@@ -311,16 +308,6 @@ def _recorded(tensors: Any, options: Any, bounds: tuple[int, int], return_lse: b
         refuse_constants([x is not None and x.requires_grad for x in tensors])
     count = max(i for i, x in enumerate(tensors) if x is not None) + 1
     return record((options, bounds, return_lse), *tensors[:count])  # type: ignore[no-any-return]
-
-
-def record_plain(
-    q: Tensor, k: Tensor, v: Tensor, causal: Causal, scale: Optional[float], layout: Layout, deterministic: Any = None
-) -> Tensor:
-    """Attention of three tensors, by autograd."""
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    options = convert(layout, causal, None, scale, 0.0, 0.0, 0, deterministic, None)
-    return record((options, _UNKNOWN, False), q, k, v)  # type: ignore[no-any-return]
 
 
 def _road(tensors: tuple[Optional[Tensor], ...]) -> int:

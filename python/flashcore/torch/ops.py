@@ -5,12 +5,14 @@ They know nothing of gradients: autograd.py stands above them.
 
 from __future__ import annotations
 
+from inspect import unwrap
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from .. import _core
+from ..attention import attention
 from ..interop import Torch, classify, known
 from ..options import DECODE_ARRAYS, FORWARD_ARRAYS, LAYOUTS, ROW_ORDER, Causal, Window, convert, window_sides, word
 
@@ -95,6 +97,10 @@ def words(
 
 def framework_of(tensor: Optional[Tensor]) -> Torch:
     return known.get(Tensor) or classify(tensor)  # type: ignore[return-value]
+
+
+#: `flashcore.attention`, without its warning about gradients
+attend = _core.shortcut(unwrap(attention), known, "quiet")
 
 
 def forward(

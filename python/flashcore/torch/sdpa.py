@@ -60,7 +60,7 @@ def scaled_dot_product_attention(
             if road != OPERATORS and are_alike(framework_of(query).quiet, query, key, value):
                 if road == LIBRARY:
                     return attend(query, key, value, causal=causal, scale=scale)  # type: ignore[no-any-return]
-                return record_plain(query, key, value, causal, scale, "bhsd")
+                return record_plain(("bhsd", causal, scale, None), query, key, value)  # type: ignore[no-any-return]
         except (ValueError, TypeError):
             pass  # the long road knows what to do, or what to say
     for name, tensor in (("query", query), ("key", key), ("value", value)):
