@@ -131,6 +131,8 @@ class CuPy(NumPyLike):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.ndarray)
+        self._empty = module.ndarray  # what cupy.empty calls
+        self._current_device = module.cuda.runtime.getDevice
         keywords = {"stream": -1, **_VERSIONED}
         self.bridge = _core.Bridge(
             module.ndarray, keywords, self.reinterpret, self.empty_for, current_stream=self.current_stream
@@ -140,7 +142,10 @@ class CuPy(NumPyLike):
         return int(self.module.cuda.get_current_stream(index).ptr)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any, stream: Optional[int]) -> Any:
-        with like.device:
+        device = like.device
+        if device.id == self._current_device():  # entering it again takes longer than to ask
+            return self._empty(shape, dtype)
+        with device:
             return self._empty(shape, dtype)
 
 
