@@ -149,6 +149,21 @@ def test_infinite_bias_excludes_a_key(xp, rng):
     np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("queries", [2, 19], ids=["few", "many"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_row_of_the_largest_bias_is_no_empty_row(sign, queries, xp, rng):
+    """A finite number is no -inf, though it is beyond float32 as an exponent of 2: padded rows of models have it."""
+    problem = make(BY_NAME["plain"], "float32", rng)
+    bias = np.zeros((1, 1, queries, 19))
+    bias[..., 0, 7:] = np.finfo(np.float32).min
+    exact, _ = reference.attention(problem.q[:, :, :queries], problem.k, problem.v, Options(bias=bias))
+    exact[:, :, 1] = problem.v.mean(axis=2)  # beside such numbers scores do not count
+    bias[..., 1, :] = sign * np.finfo(np.float32).max
+    q, k, v = problem.arrays(xp)
+    out = xp.numpy(fc.attention(xp.array(problem.q[:, :, :queries], "float32"), k, v, bias=xp.array(bias, "float32")))
+    np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("descaled", [False, True])
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
 def test_float8(descaled, out_dtype, xp, rng):

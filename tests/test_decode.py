@@ -163,12 +163,18 @@ def test_sinks_alibi_mask_and_bias(page, xp, rng):
     check_each_kernel(xp, cache, q, given=given, **tensors)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1), (40, 1)])
 @pytest.mark.parametrize("dim", [(64, 64), (40, 24), (17, 3)])
 def test_heads_and_dims(heads, dim, xp, rng):
     cache = Cache(rng, "float16", heads=heads, dim=dim, page=4)
     q = queries(rng, cache, 2)
     check_each_kernel(xp, cache, q)
+
+
+@pytest.mark.parametrize("words", ["q1 k8192 h71/1 d64", "q1 k8192 h32/4 d128", "q16 k8192 h4 d128"])
+def test_few_queries_are_split_over_the_keys_on_the_cpu(words):
+    """One query does so however many heads share its keys; before, more than 16 left all threads but one idle."""
+    assert "kernel:    cpu.decode" in fc.explain(f"decode fp32 b1 {words}", device="cpu")
 
 
 def new_keys(rng, cache, count):

@@ -15,8 +15,9 @@ using namespace detail;
 
 namespace {
 
-/// Queries of a key head that are still few.
-constexpr std::int64_t kMaxRows = 16;
+/// Queries of all heads that share a key head: so many are few in any case, more only if each head has few.
+constexpr std::int64_t kFewRows = 16;
+constexpr std::int64_t kMostRows = 256;  // their partial results take a tenth of the memory of keys and values
 /// Vectors run along head_dim and need one whole: the widest has 16 lanes.
 constexpr std::int64_t kMinHeadDim = 16;
 /// Keys of a task. Fixed, so that results do not depend on the number of threads.
@@ -40,10 +41,11 @@ std::int64_t span_keys(const Plan& plan) {
 }  // namespace
 
 std::string refuse_flash_decode(const Problem& problem, const DeviceInfo&) {
-  const std::int64_t rows = problem.group() * problem.size.seqlen_q;
   // Note: most calls pass here, so the words are not put together from numbers.
-  static_assert(kMaxRows == 16 && kMinHeadDim == 16);
-  if (rows > kMaxRows) return "takes up to 16 queries a key head";
+  static_assert(kFewRows == 16 && kMinHeadDim == 16 && kMostRows == 256);
+  const std::int64_t rows = problem.group() * problem.size.seqlen_q;
+  if (rows > kMostRows || (rows > kFewRows && problem.size.seqlen_q > chosen_isa().few_queries))
+    return "takes up to 16 queries a key head, up to 256 where each of its heads has but a few";
   if (std::min(problem.size.head_dim, problem.size.head_dim_v) < kMinHeadDim) return "needs a head_dim of 16 or more";
   return {};
 }

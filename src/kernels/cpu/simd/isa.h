@@ -63,6 +63,7 @@ struct Isa {
   /// Bytes of scratch for a task of `blocks` query blocks.
   std::size_t (*forward_scratch)(std::int64_t head_dim, std::int64_t head_dim_v, std::int64_t blocks);
 
+  int few_queries;  // of a head: up to so many, decode is faster than forward, though many heads share a key head
   void (*decode)(const detail::Params& params, const DecodeTask& task, void* scratch);
   /// Bytes of scratch for `rows` queries of a key head.
   std::size_t (*decode_scratch)(std::int64_t rows, std::int64_t head_dim, std::int64_t head_dim_v);

@@ -20,6 +20,7 @@ constexpr Isa isa_kernels(const char* name) {
       .task_bytes = kTaskBytes,
       .forward = forward,
       .forward_scratch = forward_scratch,
+      .few_queries = kFewQueries,
       .decode = decode,
       .decode_scratch = decode_scratch,
       .merge_spans = merge_spans,

@@ -73,15 +73,15 @@ FLASHCORE_INLINE float number(T x) {
   return detail::load(x);
 }
 
-/// The part of a mask or bias that belongs to a tile, as floats times `factor`.
+/// The part of a mask or bias that belongs to a tile, as floats.
 __attribute__((noinline)) void load_plane(const detail::PlaneParams& plane, const detail::Sequence& s,
-                                          std::int64_t head, const ScoreTile& t, float factor, float* tile) {
+                                          std::int64_t head, const ScoreTile& t, float* tile) {
   const std::int64_t offset = detail::plane_offset(plane, s.batch, head, t.first_query, t.first_key);
   if (plane.key == 1) {
     return with_plane_storage(plane.dtype, [&](auto storage) {
       using T = decltype(storage);
-      pack_transposed<T>({static_cast<const T*>(plane.data) + offset, plane.query, t.queries, t.keys}, factor,
-                         t.vectors, t.width(), tile);
+      pack_transposed<T>({static_cast<const T*>(plane.data) + offset, plane.query, t.queries, t.keys}, 1.f, t.vectors,
+                         t.width(), tile);
     });
   }
   with_plane_storage(plane.dtype, [&](auto storage) {
@@ -90,13 +90,21 @@ __attribute__((noinline)) void load_plane(const detail::PlaneParams& plane, cons
     for (int j = 0; j < t.keys; ++j)
       for (int i = 0; i < t.width(); ++i) {
         float& x = tile[j * t.width() + i];
-        x = i >= t.queries ? 0.f : factor * number(data[i * plane.query + j * plane.key]);
+        x = i >= t.queries ? 0.f : number(data[i * plane.query + j * plane.key]);
       }
   });
 }
 
-__attribute__((noinline)) void add_plane(const ScoreTile& t, const float* plane) {
-  change_scores(t, [&](VecF x, int j, int n) { return x + load(plane + j * t.width() + n * kLanes); });
+/// Biases in units of log 2. What is finite stays so: a row of nothing but the lowest number is not an empty row.
+FLASHCORE_INLINE VecF bias_in_log2(VecF bias) {
+  constexpr float kMost = __FLT_MAX__;
+  const VecF x = bias * kLog2E;
+  const VecF finite = x < -kMost ? broadcast(-kMost) : x > kMost ? broadcast(kMost) : x;
+  return ((bias == -kInfinity) | (bias == kInfinity)) ? bias : finite;
+}
+
+__attribute__((noinline)) void add_bias(const ScoreTile& t, const float* plane) {
+  change_scores(t, [&](VecF x, int j, int n) { return x + bias_in_log2(load(plane + j * t.width() + n * kLanes)); });
 }
 
 __attribute__((noinline)) void keep_where(const ScoreTile& t, const float* plane) {

@@ -82,11 +82,11 @@ class ScoreRules {
       add_alibi(t, alibi * kLog2E, t.first_query + s_.seqlen_k - s_.seqlen_q - t.first_key);
     }
     if (p_.bias.data) {
-      load_plane(p_.bias, s_, head, t, kLog2E, plane_);
-      add_plane(t, plane_);
+      load_plane(p_.bias, s_, head, t, plane_);
+      add_bias(t, plane_);
     }
     if (extent == Extent::part) {
-      load_plane(p_.mask, s_, head, t, 1.f, plane_);
+      load_plane(p_.mask, s_, head, t, plane_);
       keep_where(t, plane_);
     }
   }
