@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the measured sections of the pages in docs/ from the files bench/results/*.json and docs/profile_*.txt.
+"""Writes the measured sections of the pages in docs/, and their pictures, from the files bench/results/*.json and
+docs/profile_*.txt.
 
 --check only says whether they are current (exit status 1 if not), and needs neither matplotlib nor flashcore.
 """
@@ -16,9 +17,9 @@ import docs_overhead
 import docs_primitives
 import docs_profiles
 import docs_tuning
+import pictures
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS, RESULTS = ROOT / "docs", ROOT / "bench" / "results"
+DOCS, RESULTS = pictures.DOCS, pictures.RESULTS
 
 #: (folder of results, folder of pages) -> Markdown; empty where nothing has been measured
 Section = Callable[[Path, Path], str]
@@ -54,7 +55,9 @@ def main() -> int:
             path.write_text(fresh, encoding="utf-8")
     if arguments.check:
         print(f"measured sections of docs/: {'STALE: run scripts/update_docs.py' if stale else 'current'}", *stale)
-        return bool(stale)
+        return pictures.report_stale(pictures.OF_DOCS, "scripts/update_docs.py") or bool(stale)
+    for picture in pictures.OF_DOCS:
+        picture.redraw()
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the speed section of README.md, and its picture, from the files under bench/results.
 
---check only says whether the section is current (exit status 1 if not), and needs neither matplotlib nor flashcore.
+--check only says whether both are current (exit status 1 if not), and needs neither matplotlib nor flashcore.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import json
 import sys
 from pathlib import Path
 
+import pictures
 from readme_cpu import cpu_section
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 RESULT = RESULTS / "forward_h200.json"
-PICTURE = ROOT / "docs" / "forward_h200.png"
 BEGIN, END = "<!-- speed: written by scripts/update_readme.py -->\n", "<!-- end of speed -->"
 
 
@@ -47,7 +47,7 @@ def gpu_section() -> str:
             f"TFLOP/s, or µs where that is under 20, by CUDA-graph replay{inputs}, all in one process, taking turns, "
             "medians. The last column is the time of the best other library over ours: above 1 we are ahead.",
             "",
-            f"![Forward speed by sequence length]({PICTURE.relative_to(ROOT)})",
+            f"![Forward speed by sequence length]({pictures.SPEEDS.path.relative_to(ROOT)})",
             "",
             f"| case | {' | '.join(names)} | ratio |",
             "|---|" + "---:|" * (len(names) + 1),
@@ -64,16 +64,6 @@ def section() -> str:
     return "\n".join(filter(None, [gpu_section(), cpu_section(RESULTS)]))
 
 
-def draw() -> None:
-    from flashcore.bench import plot, results
-
-    data = results.load(RESULT)
-    results.add_rates(data)
-    data["cases"] = [case for case in data["cases"] if " bf16 " in case["line"]]  # the others are in µs
-    PICTURE.parent.mkdir(exist_ok=True)
-    plot.by_seqlen(data, PICTURE)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -84,9 +74,10 @@ def main() -> int:
     fresh = before + BEGIN + section() + END + after
     if arguments.check:
         print(f"README speed section: {'current' if fresh == text else 'STALE: run scripts/update_readme.py'}")
-        return fresh != text
+        return pictures.report_stale(pictures.OF_README, "scripts/update_readme.py") or fresh != text
     README.write_text(fresh)
-    draw()
+    for picture in pictures.OF_README:
+        picture.redraw()
     return 0
 
 

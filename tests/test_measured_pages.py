@@ -58,6 +58,7 @@ BETTER = HAND_SET | {"block_n": 160, "stages": 3}
 SEARCH = {
     "machine": MACHINE,
     "device": "NVIDIA H200",
+    "instance": "BFloat16, head_dim 128, positional",
     "lines": ["fwd bf16 b8 q2048 k2048 h16 d128 causal"],
     "incumbent": HAND_SET,
     "elites": [2, 0, 1],
@@ -70,6 +71,24 @@ SEARCH = {
     "pruned": {"too much shared memory": 7},
     "final": {"noise": 0.004, "finalists": [{"id": 2, "gain": 1.041}], "winner": 2},
 }
+#: the lines of tiles.h that are read
+TILES = """
+struct FwdTile {
+  int block_m;         // query rows
+  int block_n;
+  int stages;
+  bool separate_out;   // the output has a buffer of its own
+  int growth = 8;      // room enough
+};
+constexpr FwdTile fwd_tile(int, FwdKind, FwdSize) { return {FLASHCORE_FWD_TILE}; }
+constexpr FwdTile fwd_tile(int head_dim, FwdKind kind, FwdSize size) {
+  if (size == FwdSize::small) return {64, 64, 2, true};
+  const bool full = kind == FwdKind::full;
+  if (head_dim <= 64) return {192, 128, 3, true, 4};
+  if (head_dim == 128 && full) return {192, 80, 2, false};  // in braces: return {1, 1, 1, true};
+  return {128, 160, 2, true};
+}
+"""
 
 
 def written(section, folder, name, data):
@@ -122,15 +141,46 @@ def test_profiles_and_rooflines_are_shown(tmp_path):
     assert "](roofline_h200.svg)" in text
 
 
-def test_a_search_tells_what_it_tried_and_what_won(tmp_path):
+def test_a_search_tells_what_it_tried_what_won_and_what_was_taken(tmp_path, monkeypatch):
+    (tmp_path / "tiles.h").write_text(TILES)
+    monkeypatch.setattr(docs_tuning, "TILES", tmp_path / "tiles.h")
     text = written(docs_tuning.section, tmp_path, "tune_h200.json", SEARCH)
     assert "3 tiles compiled, 2 timed, 1 refused (1 spills); 7 passed over without compiling" in text
     assert "Found: block_n 128 → 160, stages 2 → 3. It gains 4.1%, more than the noise of 0.4%." in text
+    assert "0.4%. In `tiles.h`: but for stages 2." in text
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert rows == [
-        "| block_n 128 → 160, stages 2 → 3 | mutation | 1.052 | 1.041 |",
-        "| stages 2 → 4 | random | 0.910 | – |",
+        "| block_n 128 → 160, stages 2 → 3 | mutation | 1.052 | 1.041 | but for stages 2 |",
+        "| stages 2 → 4 | random | 0.910 | – | no |",
     ]
+
+
+def tile(*values):
+    return dict(zip(("block_m", "block_n", "stages", "separate_out", "growth"), values, strict=True))
+
+
+def test_the_tile_of_the_sources_is_read_as_a_compiler_reads_it():
+    assert docs_tuning.tile_of_sources(TILES, 64, "general") == tile(192, 128, 3, True, 4)
+    assert docs_tuning.tile_of_sources(TILES, 128, "full") == tile(192, 80, 2, False, 8)
+    assert docs_tuning.tile_of_sources(TILES, 128, "positional") == tile(128, 160, 2, True, 8)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (tile(192, 80, 2, False, 8), "yes"),
+        (tile(192, 80, 2, False, 12), "but for growth 8"),
+        (tile(192, 80, 2, True, 12), "but for separate_out False, growth 8"),
+        (tile(192, 64, 3, True, 12), "only block_m"),
+        (tile(128, 64, 3, True, 8), "no"),
+        (tile(192, 80, 2, False, 8) | {"octaves_from": 16}, "yes"),  # which a full kernel does not have
+    ],
+)
+def test_what_became_of_a_tile(found, told, tmp_path, monkeypatch):
+    (tmp_path / "tiles.h").write_text(TILES)
+    monkeypatch.setattr(docs_tuning, "TILES", tmp_path / "tiles.h")
+    data = {"instance": "Float16, head_dim 128, full", "incumbent": tile(128, 128, 2, True, 8) | {"octaves_from": 0}}
+    assert docs_tuning.taken(found, data) == told
 
 
 def test_a_search_that_found_nothing_says_so(tmp_path):

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
@@ -19,6 +20,8 @@ from .space import Tile
 Data = dict[str, Any]
 #: what has to agree for a file to be gone on with
 IDENTITY = ("instance", "lines", "device", "sources", "incumbent")
+#: what every candidate of a file has
+FACTS = ("id", "born", "parents", "tile", "registers", "reason", "gain", "verdict")
 
 
 class State:
@@ -32,13 +35,13 @@ class State:
         self.data |= {"pruned": {}, "final": None}
 
     def resume(self) -> bool:
-        """Goes on with what the file has, if there is one. Raises ValueError for the file of another search."""
+        """Goes on with what the file has, if there is one. Raises ValueError for one of another search, or damaged."""
         if not self._path or not self._path.exists():
             return False
         try:
             old = json.loads(self._path.read_text(encoding="utf-8"))
             candidates, pruned = list(old["candidates"]), dict(old["pruned"])
-            [tile_of(candidate) for candidate in candidates]
+            [hash(tile_of(candidate)) for candidate in candidates]
         except OSError as error:
             raise ValueError(f"{self._path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
@@ -49,6 +52,8 @@ class State:
                     f"{self._path}: a search with another {name}: {old.get(name)!r}, now {self.data[name]!r}; "
                     "give another file to --save"
                 )
+        if flaw := _flaw(candidates, self.data["incumbent"]):
+            raise ValueError(f"{self._path}: damaged: {flaw}; give another file to --save")
         self.data |= {"candidates": candidates, "pruned": pruned}
         self._rank()
         return True
@@ -95,3 +100,25 @@ class State:
 
 def tile_of(candidate: Data) -> Tile:
     return Tile(**candidate["tile"])
+
+
+def _flaw(candidates: list[Data], incumbent: Data) -> str:
+    """What is wrong with a file's candidates, empty where nothing is: their numbers have to be their places."""
+    if not candidates:
+        return "it has no candidates, not even the incumbent"
+    for number, candidate in enumerate(candidates):
+        if missing := [name for name in FACTS if name not in candidate]:
+            return f"candidate {number} has no {', '.join(missing)}"
+        if candidate["id"] != number:
+            return f"candidate {number} has the id {candidate['id']!r}"
+        gain = candidate["gain"]
+        if candidate["reason"]:
+            if gain is not None:
+                return f"candidate {number} was refused, and yet has the gain {gain!r}"
+        elif not isinstance(gain, (int, float)) or not math.isfinite(gain):
+            return f"candidate {number} was timed, and its gain is {gain!r}"
+        elif number and not isinstance(candidate["verdict"], dict):
+            return f"candidate {number} was timed, and its verdict is {candidate['verdict']!r}"
+    if candidates[0]["tile"] != incumbent:
+        return "candidate 0 is not the incumbent"
+    return ""
