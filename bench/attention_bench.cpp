@@ -3,9 +3,9 @@
 #include <flashcore/flashcore.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <numeric>
 #include <string>
@@ -82,22 +82,37 @@ void print_header(flashcore::Device device) {
   std::printf("\n");
 }
 
+constexpr char kOptions[] = "[--device cpu|cuda] [--warm-up N] [--samples N] [--once]";
+
 int help() {
-  std::printf("usage: attention_bench [--device cpu|cuda] [--warm-up N] [--samples N] [--once] <problem line>...\n%s\n",
-              flashcore::problem_line_help().c_str());
+  std::printf("usage: attention_bench %s <problem line>...\n%s\n", kOptions, flashcore::problem_line_help().c_str());
   return 2;
 }
 
-/// Takes "--name value" or "--once" off the front of the words; false for an option or a value that there is not.
+int refuse_option(const std::vector<std::string>& words) {
+  const std::string value = words.size() > 1 ? ' ' + words[1] : "";
+  std::fprintf(stderr, "attention_bench: cannot read \"%s%s\"; the options are %s\n", words[0].c_str(), value.c_str(),
+               kOptions);
+  return 2;
+}
+
+/// The number that the text is; -1 if it is none, or negative.
+int count_in(const std::string& text) {
+  int number = -1;
+  const char* const end = text.data() + text.size();
+  const auto result = std::from_chars(text.data(), end, number);
+  return result.ec == std::errc() && result.ptr == end ? std::max(number, -1) : -1;
+}
+
+/// Takes "--once" or "--name value" off the front of the words; false for an option or a value that there is not.
 bool take_option(std::vector<std::string>& words, Settings& settings) {
   if (words[0] == "--once") {
     words.erase(words.begin());
     return settings.once = true;
   }
   if (words.size() < 2) return false;
-  const std::string name = words[0], value = words[1];
-  words.erase(words.begin(), words.begin() + 2);
-  const int number = std::atoi(value.c_str());
+  const std::string &name = words[0], &value = words[1];
+  const int number = count_in(value);
   if (name == "--device" && (value == "cpu" || value == "cuda")) {
     settings.device.type = value == "cpu" ? flashcore::DeviceType::cpu : flashcore::DeviceType::cuda;
   } else if (name == "--warm-up" && number >= 0) {
@@ -107,21 +122,28 @@ bool take_option(std::vector<std::string>& words, Settings& settings) {
   } else {
     return false;
   }
+  words.erase(words.begin(), words.begin() + 2);
   return true;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  std::vector<std::string> words(argv + 1, argv + argc);
+  std::vector<std::string> words(argv + 1, argv + argc), lines;
   Settings settings;
   if (flashcore::device_count() > 0) settings.device.type = flashcore::DeviceType::cuda;
-  while (!words.empty() && words[0][0] == '-')
-    if (!take_option(words, settings)) return help();
-  if (words.empty()) return help();
+  while (!words.empty()) {
+    if (words[0].substr(0, 1) != "-") {
+      lines.push_back(words[0]);
+      words.erase(words.begin());
+    } else if (!take_option(words, settings)) {
+      return refuse_option(words);
+    }
+  }
+  if (lines.empty()) return help();
   try {
     if (!settings.once) print_header(settings.device);
-    for (const std::string& line : words) time_line(line, settings);
+    for (const std::string& line : lines) time_line(line, settings);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "attention_bench: %s\n", error.what());
     return 1;

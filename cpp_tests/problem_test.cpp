@@ -3,6 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "flashcore/attention.h"
 #include "flashcore/error.h"
 #include "kernels/case_lines.h"
@@ -65,34 +70,36 @@ std::string random_line(Random& random) {
   const auto number = [&random](std::int64_t low, std::int64_t high) {
     return std::to_string(random.integer(low, high));
   };
+  const std::string phase = one_of({"fwd", "bwd", "decode"});
   const std::int64_t heads_k = random.integer(1, 8);
-  std::string line = one_of({"fwd", "bwd", "decode"}) + ' ' + one_of({"fp16", "bf16", "fp32", "fp64", "e4m3"});
-  line += " b" + number(0, 9) + " q" + number(0, 3) + " k" + number(0, 1 << 30);
+  const std::int64_t page = random.integer(1, 64);
+  const std::int64_t pages = random.integer(1, 1 << 24);
+  std::string line = phase + ' ' + one_of({"fp16", "bf16", "fp32", "fp64", "e4m3"});
+  line += " b" + number(0, 9) + " q" + number(0, 3) + " k" + std::to_string(page * pages);
   line += " h" + std::to_string(heads_k * random.integer(1, 4)) + '/' + std::to_string(heads_k);
-  line += " d" + number(1, 256) + '/' + number(1, 256);
-  const std::string options[] = {"varlen" + number(0, 99) + '/' + number(0, 99),
-                                 "page" + number(1, 64),
-                                 "append" + number(1, 9),
-                                 "rotary" + number(1, 64) + one_of({"", "i"}),
-                                 one_of({"causal_tl", "causal_br"}),
-                                 "window" + one_of({"*", "0", "17"}) + ',' + one_of({"*", "0", "4"}),
-                                 "softcap" + std::to_string(random.uniform() * 50),
-                                 "dropout" + std::to_string(random.uniform()),
-                                 "seed" + std::to_string(random.bits()),
-                                 "scale" + std::to_string(random.normal()),
-                                 "out_" + one_of({"fp16", "bf16", "fp32"}),
-                                 "mask",
-                                 "bias",
-                                 "alibi",
-                                 "sinks",
-                                 "descale",
-                                 "lse",
-                                 "dlse",
-                                 "dbias",
-                                 "dsinks",
-                                 "seqused",
-                                 "deterministic",
-                                 "unaligned"};
+  line += " d" + number(16, 256) + '/' + number(1, 256);
+  std::vector<std::string> options = {"window" + one_of({"*", "0", "17"}) + ',' + one_of({"*", "0", "4"}),
+                                      "softcap" + std::to_string(random.uniform() * 50),
+                                      "dropout" + std::to_string(random.uniform()),
+                                      "seed" + std::to_string(random.bits()),
+                                      "scale" + std::to_string(random.normal()),
+                                      "out_" + one_of({"fp16", "bf16", "fp32"}),
+                                      "mask",
+                                      "alibi",
+                                      "descale",
+                                      "seqused",
+                                      "deterministic",
+                                      "unaligned"};
+  const auto add = [&options](std::initializer_list<std::string> words) { options.insert(options.end(), words); };
+  if (phase == "decode")
+    add({"page" + std::to_string(page), "append1",
+         "rotary" + std::to_string(2 * random.integer(1, 8)) + one_of({"", "i"}), "causal_br"});
+  else
+    add({"varlen" + number(0, 99) + '/' + number(0, 99), one_of({"causal_tl", "causal_br"})});
+  if (phase == "bwd")
+    add({"dlse", one_of({"bias", "bias dbias"}), one_of({"sinks", "sinks dsinks"})});
+  else
+    add({"lse", "bias", "sinks"});
   for (const std::string& option : options)
     if (random.uniform() < 0.3) line += ' ' + option;
   return line;
@@ -137,6 +144,73 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{"fwd fp16 b1 q1 k1 h1 d8 window3", "window3"}, BadLine{"fwd fp16 b1 q1 k1 h1 d8 dropout1", "[0, 1)"},
         BadLine{"fwd fp16 b1 q1 k1 h1 d8 softcap-2", "softcap"}, BadLine{"fwd fp16 b1 q1 k1 h1 d8 page0", "page0"},
         BadLine{"fwd fp16 b1 q2 k3 h1 d8 causal", "causal_tl"}));
+
+std::string refusal_of(const std::string& line) {
+  try {
+    parse_problem(line);
+  } catch (const InvalidArgument& error) {
+    const std::string message = error.what();
+    return message.substr(0, message.find('\n'));  // the grammar follows
+  }
+  return "";
+}
+
+void expect_misfit(const std::string& line, const std::string& word, const std::string& rule) {
+  const std::string message = refusal_of(line);
+  EXPECT_NE(message.find('"' + word + "\" does not fit: "), std::string::npos) << line << ": " << message;
+  EXPECT_NE(message.find(rule), std::string::npos) << line << ": " << message;
+}
+
+TEST(ProblemLine, RefusesWordsThatTheKindOfCallCannotTake) {
+  const std::string sizes = " fp16 b1 q8 k96 h1 d64 bias sinks ";
+  for (const char* phase : {"fwd", "bwd"})
+    for (const char* word : {"page16", "append3", "rotary32"}) expect_misfit(phase + sizes + word, word, "decode");
+  for (const char* phase : {"fwd", "decode"})
+    for (const char* word : {"dlse", "dbias", "dsinks"}) expect_misfit(phase + sizes + word, word, "bwd");
+  expect_misfit("bwd" + sizes + "lse", "lse", "fwd and decode");
+  expect_misfit("decode" + sizes + "varlen8/96", "varlen8/96", "fwd and bwd");
+  expect_misfit("decode" + sizes + "causal_tl", "causal_tl", "causal_br");
+}
+
+TEST(ProblemLine, RefusesGradientsOfWhatIsNotThere) {
+  expect_misfit("bwd fp16 b1 q8 k8 h1 d8 sinks dbias", "dbias", "no bias");
+  expect_misfit("bwd fp16 b1 q8 k8 h1 d8 bias dsinks", "dsinks", "no sinks");
+}
+
+TEST(ProblemLine, RefusesWordsThatDoNotFitTheSizes) {
+  const std::string line = "decode fp16 b1 q1 k96 h1 d64 ";
+  expect_misfit(line + "rotary33", "rotary33", "even number");
+  expect_misfit(line + "rotary66i", "rotary66i", "2 to 64");
+  expect_misfit(line + "append97", "append97", "holds 96");
+  expect_misfit(line + "page64", "page64", "\"k96\"");
+  EXPECT_EQ(refusal_of(line + "rotary64 append96 page48"), "");
+}
+
+TEST(ProblemLine, RefusesTwoWordsAboutTheSame) {
+  const std::string line = "fwd fp16 b1 q8 k8 h1 d8 causal mask window1,2 softcap1 dropout0.1 seed1 scale1 out_fp16 ";
+  const std::pair<std::string, std::string> pairs[] = {{"fwd", "bwd"},
+                                                       {"fwd", "fwd"},
+                                                       {"fp16", "fp32"},
+                                                       {"b1", "b2"},
+                                                       {"h1", "h4/2"},
+                                                       {"causal", "causal_br"},
+                                                       {"causal", "causal"},
+                                                       {"mask", "mask"},
+                                                       {"window1,2", "window3,4"},
+                                                       {"softcap1", "softcap2"},
+                                                       {"dropout0.1", "dropout0"},
+                                                       {"seed1", "seed1"},
+                                                       {"scale1", "scale2"},
+                                                       {"out_fp16", "out_bf16"}};
+  for (const auto& [first, second] : pairs)
+    EXPECT_NE(refusal_of(line + second).find('"' + first + "\" and \"" + second + '"'), std::string::npos)
+        << refusal_of(line + second);
+}
+
+TEST(ProblemLine, NamesTheSizesThatAreMissing) {
+  EXPECT_EQ(refusal_of("fwd fp16 q8 h1 d8"),
+            "problem line \"fwd fp16 q8 h1 d8\": a size is missing: b (batch), k (seqlen_k)");
+}
 
 TEST(Normalise, MakesEqualQuestionsEqual) {
   const auto line = [](const char* text) { return canonical_problem_line(text); };

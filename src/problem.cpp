@@ -1,10 +1,11 @@
 // Problem: normal form, features, and the problem line (printed and parsed).
 #include "problem.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <map>
 #include <tuple>
-#include <vector>
 
 #include "flashcore/attention.h"
 #include "flashcore/error.h"
@@ -85,6 +86,15 @@ const char* word_of(Phase phase) {
   }
   return "";
 }
+
+struct SizeWord {
+  const char* letter;
+  const char* meaning;
+};
+/// What every line has to give.
+constexpr SizeWord kSizeWords[] = {
+    {"b", "batch"}, {"q", "seqlen_q"}, {"k", "seqlen_k"}, {"h", "heads"}, {"d", "head_dim"},
+};
 
 DType default_out(DType dtype) { return dtype == DType::float8_e4m3 ? DType::bfloat16 : dtype; }
 
@@ -199,7 +209,8 @@ std::string to_line(const Problem& p) {
 
 namespace {
 
-/// Reads one line word by word. What a word does is one function a kind: try_flag, try_size, try_option.
+/// Reads one line word by word. What a word does is one function a kind: try_flag, try_size, try_option. Whether the
+/// words fit each other is seen when all are read.
 class LineReader {
  public:
   explicit LineReader(std::string_view line) : line_(line) {}
@@ -212,6 +223,10 @@ class LineReader {
       at = std::min(line_.find_first_of(" \t", begin), line_.size());
       read_word(line_.substr(begin, at - begin));
     }
+    check_complete();
+    check_values();
+    check_phase();
+    check_companions();
     finish();
     return problem_;
   }
@@ -223,25 +238,43 @@ class LineReader {
     throw InvalidArgument(message);
   }
 
+  /// Notes what a word is about; a second word about the same is refused.
+  void note(std::string_view subject, std::string_view word) {
+    const auto [at, is_first] = words_.try_emplace(subject, word);
+    if (!is_first) fail(quoted(at->second) + " and " + quoted(word) + ": " + std::string(subject) + " is given twice");
+  }
+
+  /// The word about a subject; empty where there is none.
+  std::string_view word_about(std::string_view subject) const {
+    const auto at = words_.find(subject);
+    return at == words_.end() ? std::string_view() : at->second;
+  }
+  bool has(std::string_view subject) const { return !word_about(subject).empty(); }
+
+  static std::string quoted(std::string_view word) { return '"' + std::string(word) + '"'; }
+
   void read_word(std::string_view word) {
     if (try_phase_or_dtype(word) || try_flag(word) || try_option(word) || try_size(word)) return;
-    fail("cannot read the word \"" + std::string(word) + "\"");
+    fail("cannot read the word " + quoted(word));
   }
 
   bool try_phase_or_dtype(std::string_view word) {
     for (const Phase phase : {Phase::forward, Phase::backward, Phase::decode}) {
       if (word != word_of(phase)) continue;
+      note("phase", word);
       problem_.phase = phase;
-      return has_phase_ = true;
+      return true;
     }
     for (const auto& entry : kDTypeWords) {
       if (word == entry.word) {
+        note("dtype", word);
         problem_.dtype = entry.dtype;
-        return has_dtype_ = true;
+        return true;
       }
       if (word == std::string("out_") + entry.word) {
+        note("output dtype", word);
         problem_.dtype_out = entry.dtype;
-        return has_dtype_out_ = true;
+        return true;
       }
     }
     return false;
@@ -250,19 +283,14 @@ class LineReader {
   bool try_flag(std::string_view word) {
     for (const auto& flag : kFlagWords) {
       if (word != flag.name) continue;
+      note(flag.name, word);
       problem_.flags |= flag.bit;
       return true;
     }
-    if (word == "causal" || word == "causal_br") {
-      problem_.causal = CausalRule::bottom_right;
-      plain_causal_ = word == "causal";
-      return true;
-    }
-    if (word == "causal_tl") {
-      problem_.causal = CausalRule::top_left;
-      return true;
-    }
-    return false;
+    if (word != "causal" && word != "causal_br" && word != "causal_tl") return false;
+    note("causal rule", word);
+    problem_.causal = word == "causal_tl" ? CausalRule::top_left : CausalRule::bottom_right;
+    return true;
   }
 
   /// The rest of `word` after `name`, or null if it does not begin with it and go on with a digit, '-' or '*'.
@@ -272,35 +300,42 @@ class LineReader {
     return (rest[0] >= '0' && rest[0] <= '9') || rest[0] == '*' || rest[0] == '-' || rest[0] == '.';
   }
 
+  /// The same, and notes the word where it is this one.
+  bool take(std::string_view word, std::string_view name, std::string_view& rest) {
+    if (!after(word, name, rest)) return false;
+    note(name, word);
+    return true;
+  }
+
   bool try_option(std::string_view word) {
     std::string_view rest;
-    if (after(word, "window", rest)) {
+    if (take(word, "window", rest)) {
       const std::size_t comma = rest.find(',');
-      if (comma == std::string_view::npos) fail("\"" + std::string(word) + "\": a window is window<left>,<right>");
+      if (comma == std::string_view::npos) fail(quoted(word) + ": a window is window<left>,<right>");
       problem_.window_left = window_bound(word, rest.substr(0, comma));
       problem_.window_right = window_bound(word, rest.substr(comma + 1));
       return true;
     }
-    if (after(word, "varlen", rest)) {
+    if (take(word, "varlen", rest)) {
       problem_.flags |= kVarlen;
       read_pair(word, rest, problem_.size.total_q, problem_.size.total_k);
       return true;
     }
-    if (after(word, "rotary", rest)) {
+    if (take(word, "rotary", rest)) {
       problem_.rotary_interleaved = rest.back() == 'i';
       problem_.rotary_dim = integer(word, problem_.rotary_interleaved ? rest.substr(0, rest.size() - 1) : rest);
-      if (problem_.rotary_dim <= 0) fail("\"" + std::string(word) + "\": must be positive");
+      if (problem_.rotary_dim <= 0) fail(quoted(word) + ": must be positive");
       return true;
     }
-    if (after(word, "page", rest)) return positive(word, rest, problem_.page_size);
-    if (after(word, "append", rest)) return positive(word, rest, problem_.seqlen_new);
-    if (after(word, "softcap", rest)) return real(word, rest, problem_.softcap);
-    if (after(word, "dropout", rest)) return real(word, rest, problem_.dropout_p);
-    if (after(word, "scale", rest)) return has_scale_ = real(word, rest, problem_.scale);
-    if (after(word, "seed", rest)) {
+    if (take(word, "page", rest)) return positive(word, rest, problem_.page_size);
+    if (take(word, "append", rest)) return positive(word, rest, problem_.seqlen_new);
+    if (take(word, "softcap", rest)) return real(word, rest, problem_.softcap);
+    if (take(word, "dropout", rest)) return real(word, rest, problem_.dropout_p);
+    if (take(word, "scale", rest)) return real(word, rest, problem_.scale);
+    if (take(word, "seed", rest)) {
       const auto result = std::from_chars(rest.data(), rest.data() + rest.size(), problem_.seed);
       if (result.ec != std::errc() || result.ptr != rest.data() + rest.size())
-        fail("\"" + std::string(word) + "\": expected an integer");
+        fail(quoted(word) + ": expected an integer");
       return true;
     }
     return false;
@@ -309,11 +344,11 @@ class LineReader {
   bool try_size(std::string_view word) {
     std::string_view rest;
     Sizes& s = problem_.size;
-    if (after(word, "b", rest)) return has_sizes_ |= 1, s.batch = integer(word, rest), true;
-    if (after(word, "q", rest)) return has_sizes_ |= 2, s.seqlen_q = integer(word, rest), true;
-    if (after(word, "k", rest)) return has_sizes_ |= 4, s.seqlen_k = integer(word, rest), true;
-    if (after(word, "h", rest)) return has_sizes_ |= 8, read_pair(word, rest, s.heads_q, s.heads_k), true;
-    if (after(word, "d", rest)) return has_sizes_ |= 16, read_pair(word, rest, s.head_dim, s.head_dim_v), true;
+    if (take(word, "b", rest)) return s.batch = integer(word, rest), true;
+    if (take(word, "q", rest)) return s.seqlen_q = integer(word, rest), true;
+    if (take(word, "k", rest)) return s.seqlen_k = integer(word, rest), true;
+    if (take(word, "h", rest)) return read_pair(word, rest, s.heads_q, s.heads_k), true;
+    if (take(word, "d", rest)) return read_pair(word, rest, s.head_dim, s.head_dim_v), true;
     return false;
   }
 
@@ -321,13 +356,13 @@ class LineReader {
     std::int64_t value = 0;
     const auto result = std::from_chars(digits.data(), digits.data() + digits.size(), value);
     if (result.ec != std::errc() || result.ptr != digits.data() + digits.size() || value < 0)
-      fail("\"" + std::string(word) + "\": expected an integer of at least 0");
+      fail(quoted(word) + ": expected an integer of at least 0");
     return value;
   }
 
   bool positive(std::string_view word, std::string_view digits, std::int64_t& target) const {
     target = integer(word, digits);
-    if (target == 0) fail("\"" + std::string(word) + "\": must be positive");
+    if (target == 0) fail(quoted(word) + ": must be positive");
     return true;
   }
 
@@ -344,36 +379,74 @@ class LineReader {
   bool real(std::string_view word, std::string_view text, double& target) const {
     const auto result = std::from_chars(text.data(), text.data() + text.size(), target);
     if (result.ec != std::errc() || result.ptr != text.data() + text.size() || !std::isfinite(target))
-      fail("\"" + std::string(word) + "\": expected a number");
+      fail(quoted(word) + ": expected a number");
     return true;
   }
 
-  void finish() {
+  void check_complete() const {
+    if (!has("phase")) fail("the phase is missing: fwd, bwd or decode");
+    if (!has("dtype")) fail("the dtype is missing: fp16, bf16, fp32, fp64 or e4m3");
+    std::string missing;
+    for (const auto& size : kSizeWords)
+      if (!has(size.letter))
+        missing += (missing.empty() ? "" : ", ") + std::string(size.letter) + " (" + size.meaning + ')';
+    if (!missing.empty()) fail("a size is missing: " + missing);
+  }
+
+  void check_values() const {
     const Sizes& s = problem_.size;
-    if (!has_phase_) fail("the phase is missing: fwd, bwd or decode");
-    if (!has_dtype_) fail("the dtype is missing: fp16, bf16, fp32, fp64 or e4m3");
-    if (has_sizes_ != 31) fail("a size is missing: b (batch), q, k (lengths), h (heads) and d (head_dim) are needed");
     if (s.heads_q < 1 || s.heads_k < 1 || s.heads_q % s.heads_k != 0)
       fail("heads " + std::to_string(s.heads_q) + '/' + std::to_string(s.heads_k) + ": the first must be a multiple");
     if (s.head_dim < 1 || s.head_dim > 256 || s.head_dim_v < 1 || s.head_dim_v > 256)
       fail("head_dim " + std::to_string(s.head_dim) + '/' + std::to_string(s.head_dim_v) + ": 1 to 256 is allowed");
     if (problem_.dropout_p < 0 || problem_.dropout_p >= 1) fail("dropout must lie in [0, 1)");
     if (problem_.softcap < 0) fail("softcap must not be negative");
-    if (plain_causal_ && !causal_needs_no_corner(problem_))
-      fail("\"causal\" is ambiguous where q and k differ: say causal_tl (top-left) or causal_br (bottom-right)");
-    if (!has_scale_) problem_.scale = default_scale(s.head_dim);
-    if (!has_dtype_out_) problem_.dtype_out = default_out(problem_.dtype);
+  }
+
+  /// Refuses the word about a subject, if there is one, unless it fits.
+  void require(bool fits, std::string_view subject, const std::string& rule) const {
+    if (has(subject) && !fits) fail(quoted(word_about(subject)) + " does not fit: " + rule);
+  }
+
+  /// Words that only some kinds of call can take.
+  void check_phase() const {
+    const bool decode = problem_.phase == Phase::decode;
+    const bool backward = problem_.phase == Phase::backward;
+    require(decode, "page", "only decode has a cache that can lie in pages");
+    require(decode, "append", "only decode has a cache to append keys to");
+    require(decode, "rotary", "only decode rotates q and the new keys");
+    require(!decode, "varlen", "only fwd and bwd take packed sequences");
+    require(!decode || problem_.causal != CausalRule::top_left, "causal rule",
+            "decode is causal bottom-right: say causal or causal_br");
+    require(!backward, "lse", "only fwd and decode write lse; bwd always reads it");
+    for (const char* gradient : {"dlse", "dbias", "dsinks"}) require(backward, gradient, "only bwd has gradients");
+  }
+
+  /// Words that depend on others of the line.
+  void check_companions() const {
+    const Problem& p = problem_;
+    const Sizes& s = p.size;
+    require(p.flags & kBias, "dbias", "it is the gradient of a bias, and the line has no bias");
+    require(p.flags & kSinks, "dsinks", "it is the gradient of sinks, and the line has no sinks");
+    require(p.rotary_dim % 2 == 0 && p.rotary_dim <= s.head_dim, "rotary",
+            "an even number up to head_dim is allowed, here 2 to " + std::to_string(s.head_dim));
+    require(p.seqlen_new <= s.seqlen_k, "append",
+            "new keys go into the cache, which holds " + std::to_string(s.seqlen_k));
+    require(p.page_size == 0 || s.seqlen_k % p.page_size == 0, "page",
+            quoted(word_about("k")) + ", the capacity of the cache, must be a multiple of the page");
+    require(word_about("causal rule") != "causal" || causal_needs_no_corner(p), "causal rule",
+            "it is ambiguous where q and k differ: say causal_tl (top-left) or causal_br (bottom-right)");
+  }
+
+  void finish() {
+    if (!has("scale")) problem_.scale = default_scale(problem_.size.head_dim);
+    if (!has("output dtype")) problem_.dtype_out = default_out(problem_.dtype);
     normalise(problem_);
   }
 
   std::string_view line_;
   Problem problem_;
-  bool has_phase_ = false;
-  bool has_dtype_ = false;
-  bool has_dtype_out_ = false;
-  bool has_scale_ = false;
-  bool plain_causal_ = false;
-  unsigned has_sizes_ = 0;
+  std::map<std::string_view, std::string_view> words_;  // by what they are about
 };
 
 }  // namespace

@@ -97,7 +97,8 @@ void normalise(Problem& problem);
 
 /// "fwd bf16 b2 q4096 k4096 h32/8 d128 causal". `parse_problem(to_line(p)) == p` for every normalised p.
 std::string to_line(const Problem& problem);
-/// Reads a line; the result is normalised. Throws InvalidArgument naming the word that cannot be read.
+/// Reads a line; the result is normalised. Throws InvalidArgument naming the words that cannot be read, are given
+/// twice, or ask for what no call of that kind can do.
 Problem parse_problem(std::string_view line);
 
 }  // namespace flashcore::detail

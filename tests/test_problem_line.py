@@ -1,6 +1,7 @@
 """The problem line: one canonical form for every way to write it, and errors that name the word."""
 
 import random
+import re
 
 import flashcore as fc
 import pytest
@@ -36,10 +37,12 @@ def lines(draw):
     words += draw(st.lists(st.floats(0, 0.99).map("dropout{!r}".format), max_size=1))
     words += draw(st.lists(st.integers(0, 2**64 - 1).map("seed{}".format), max_size=1))
     words += draw(st.lists(st.floats(1e-6, 1e6).map("scale{!r}".format), max_size=1))
-    flags = ["mask", "bias", "alibi", "sinks", "lse", "unaligned"] + ["deterministic"] * (phase == "bwd")
+    flags = ["mask", "bias", "alibi", "sinks", "unaligned"] + ["deterministic" if phase == "bwd" else "lse"]
     words += draw(st.lists(st.sampled_from(flags), unique=True))
     if phase == "decode":
-        words += draw(st.sampled_from([[], ["page1"], ["page16"], ["page256", "append3"], ["append1", "rotary8i"]]))
+        pages = [[], ["page1"]] + [[f"page{size}"] for size in (16, 256) if seqlen_k % size == 0]
+        words += draw(st.sampled_from(pages))
+        words += ["append3"] * draw(st.booleans()) * (seqlen_k >= 3) + ["rotary8i"] * draw(st.booleans()) * (dim >= 8)
     return words
 
 
@@ -90,13 +93,20 @@ def test_what_is_equal_is_written_equally(line, expected):
     assert canonical(line) == expected
 
 
+@given(lines(), st.data())
+def test_a_word_that_is_given_twice_is_named_twice(words, data):
+    word = data.draw(st.sampled_from(words))
+    with pytest.raises(ValueError, match=re.escape(f'"{word}" and "{word}"')):
+        canonical(" ".join([*words, word]))
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("", r"phase"),
         ("fp16 b1 q1 k1 h1 d1", r"phase.*fwd.*bwd.*decode"),
         ("fwd b1 q1 k1 h1 d1", r"dtype.*fp16"),
-        ("fwd fp16 b1 q1 k1 h1", r"size"),
+        ("fwd fp16 q1 h1 d1", r"missing: b \(batch\), k \(seqlen_k\)\n"),
         ("fwd fp16 b1 q1 k1 h3/2 d1", r"3/2.*multiple"),
         ("fwd fp16 b1 q1 k1 h1 d257", r"257.*1 to 256"),
         ("fwd fp16 b1 q1 k1 h1 d0", r"0.*1 to 256"),
@@ -106,6 +116,11 @@ def test_what_is_equal_is_written_equally(line, expected):
         ("fwd fp16 b1 q1 k1 h1 d1 softcap-1", r"softcap"),
         ("fwd fp16 b1 q1 k2 h1 d1 causal", r"causal_tl.*causal_br"),
         ("fwd fp16 b99999999999999999999 q1 k1 h1 d1", r"b99999999999999999999"),
+        ("fwd fp16 b1 q1 k1 h1 d1 page1", r'"page1" does not fit: only decode'),
+        ("fwd fp16 b1 q1 k1 h1 d1 bias dbias", r'"dbias" does not fit: only bwd'),
+        ("bwd fp16 b1 q1 k1 h1 d1 dbias", r'"dbias" does not fit: .*no bias'),
+        ("decode fp16 b1 q1 k100 h1 d64 append500", r'"append500" does not fit: .*100'),
+        ("decode fp16 b1 q1 k100 h1 d64 rotary65", r'"rotary65" does not fit: .*even'),
     ],
 )
 def test_refused_lines_say_what_is_wrong(line, says):
