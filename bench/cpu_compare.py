@@ -25,11 +25,12 @@ from typing import Any
 
 from cpu_cells import CELLS, SKIPPING_CELLS
 from cpu_tables import spread, tables
-from flashcore.bench.provenance import load, processor, provenance
-from flashcore.bench.results import save
+from flashcore.bench.provenance import busy, load, processor, provenance
+from flashcore.bench.results import check_writable, save
 from rich.console import Console
 from rich.progress import Progress
 
+INTERRUPTED = 130
 HERE = Path(__file__).resolve().parent
 DTYPES = ("float32", "bfloat16", "float16")
 Result = dict[str, Any]
@@ -63,6 +64,14 @@ def environment(isa: str, threads: int) -> dict[str, str]:
     return inherited | LEVELS[isa] | {"OMP_NUM_THREADS": str(threads), "PJRT_NPROC": str(threads)}
 
 
+def check_isa(isa: str) -> None:
+    """Raises ValueError for a level that this processor does not have."""
+    command = [sys.executable, "-m", "flashcore", "explain", "fwd fp32 b1 q1 k1 h1 d8", "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(isa, 1), check=False)
+    if run.returncode:
+        raise ValueError(f"--isa {isa}: {run.stderr.strip().removeprefix('error: ')}")
+
+
 def built_peak() -> str | None:
     found = sorted(HERE.parent.glob("build/*/bench/peak"), key=lambda path: path.stat().st_mtime)
     return str(found[-1]) if found else None
@@ -73,12 +82,15 @@ def measured(arguments: argparse.Namespace, threads: int) -> Iterator[Result]:
     names = ("isa", "cases", "dtypes", "peers", "rounds", "seconds", "peak")
     wishes = {name: getattr(arguments, name) for name in names} | {"threads": threads}
     command = [sys.executable, str(HERE / "cpu_worker.py"), json.dumps(wishes)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment(arguments.isa, threads)
-    ) as process:
-        yield from map(json.loads, process.stdout)
+    pipe = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}  # Ctrl-C is for this process alone
+    with subprocess.Popen(command, env=environment(arguments.isa, threads), **pipe) as process:
+        try:
+            yield from map(json.loads, process.stdout)
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode:
-        sys.exit(f"bench/cpu_worker.py ended with {process.returncode}")
+        raise ValueError(f"bench/cpu_worker.py ended with {process.returncode}")
 
 
 def memory_growth(arguments: argparse.Namespace) -> list[Result]:
@@ -87,7 +99,13 @@ def memory_growth(arguments: argparse.Namespace) -> list[Result]:
     for library in ("flashcore", "torch"):
         for dtype in ("float32", "bfloat16"):
             command = [sys.executable, str(HERE / "cpu_memory.py"), library, dtype]
-            run = subprocess.run(command, stdout=subprocess.PIPE, env=environment(arguments.isa, threads), check=True)
+            run = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                env=environment(arguments.isa, threads),
+                start_new_session=True,
+                check=True,
+            )
             results.append(json.loads(run.stdout))
     return results
 
@@ -111,14 +129,34 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
+    results: list[Result] = []
+    try:
+        if arguments.save:
+            check_writable(arguments.save)
+        check_isa(arguments.isa)
+        run(arguments, results)
+    except (ValueError, OSError, subprocess.CalledProcessError) as wrong:
+        print(f"cpu_compare.py: {wrong}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        where = f"are in {arguments.save}" if arguments.save else "were not saved"
+        print(f"interrupted: {len(results)} cells {where}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run(arguments: argparse.Namespace, results: list[Result]) -> None:
+    """Fills the results, so that the caller knows those of a run that is cut off."""
     console = Console(width=140)
     machine = {**processor(), **provenance("torch", *arguments.peers), "isa": arguments.isa, "load": [load()]}
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False, soft_wrap=True)
     if not arguments.peak:
         console.print("no share of peak: the program `peak` is not built")
-    results: list[Result] = []
+    warning = busy(machine["load"][0], machine["cores"])
+    if warning:
+        print(warning, file=sys.stderr)
     with Progress(console=console) as progress:
         task = progress.add_task("cells", total=len(arguments.threads) * len(arguments.cases) * len(arguments.dtypes))
         for threads in arguments.threads:
@@ -138,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

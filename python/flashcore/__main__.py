@@ -14,11 +14,23 @@ REFUSALS = (ValueError, TypeError, MemoryError, OSError, RuntimeError, Unsupport
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
-    if not _is_here("rich"):
+    try:
+        if _is_here("rich"):
+            return _run(words)
         print("error: the command line needs rich: pip install 'flashcore[bench]'", file=sys.stderr)
         return 2
-    from rich.console import Console
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except REFUSALS as error:
+        from rich.console import Console
 
+        text = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+        Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def _run(words: Optional[Sequence[str]]) -> int:
     from .cli import bench, demo, explain, info, tune
 
     parser = argparse.ArgumentParser(prog="python -m flashcore", description="Fused attention for CUDA and the CPU.")
@@ -27,14 +39,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     for module in (info, explain, demo, bench, tune):
         module.add_parser(commands).set_defaults(run=module.run)
     arguments = parser.parse_args(words)
-    try:
-        return int(arguments.run(arguments))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except REFUSALS as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    return int(arguments.run(arguments))
 
 
 def _is_here(module: str) -> bool:

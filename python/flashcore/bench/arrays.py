@@ -115,6 +115,7 @@ def make(case: Case, maker: Maker, results: bool = False) -> Arrays:
     for word in ("unaligned", *(f"out_{dtype}" for dtype in NAMES)):
         if word in case.words:
             raise ValueError(f'"{case.line}": no arrays are made for "{word}"')
+    case.check_lengths()
     arrays = _cache(case, maker) if case.decode else _inputs(case, maker)
     dtype = NAMES[case.dtype]
     out_dtype = "bfloat16" if dtype == "float8_e4m3" else dtype
@@ -146,9 +147,9 @@ def _inputs(case: Case, maker: Maker) -> Arrays:
         "v": (case.heads_k, case.head_dim_v),
     }
     for name, (heads, dim) in sizes.items():
-        lengths = case.lengths("q" if name == "q" else "k")
-        packed = (sum(lengths), heads, dim)
-        shape = packed if "varlen" in case.words else (case.batch, heads, lengths[0], dim)
+        packed = (sum(case.lengths("q" if name == "q" else "k")), heads, dim)
+        padded = (case.batch, heads, case.seqlen_q if name == "q" else case.seqlen_k, dim)
+        shape = packed if "varlen" in case.words else padded
         arrays[name] = (maker.keys if name == "k" else maker.normal)(shape, dtype)
     if "varlen" in case.words:
         for letter in "qk":

@@ -133,10 +133,22 @@ class Case:
         longest = self.seqlen_q if letter == "q" else self.seqlen_k
         if "varlen" not in self.words:
             return [longest] * self.batch
-        total = int(self.words["varlen"].split("/")[0 if letter == "q" else -1])
+        total = self._total(letter)
         rest = max(self.batch - 1, 1)
         others = [(total - longest) // rest + (i < (total - longest) % rest) for i in range(self.batch - 1)]
         return [longest, *others][: self.batch]
+
+    def _total(self, letter: str) -> int:
+        return int(self.words["varlen"].split("/")[0 if letter == "q" else -1])
+
+    def check_lengths(self) -> None:
+        """Raises ValueError for totals that sequences of the longest length and shorter ones do not have."""
+        for letter, longest in (("q", self.seqlen_q), ("k", self.seqlen_k)) if "varlen" in self.words else ():
+            total, least, most = self._total(letter), min(self.batch, 1) * longest, self.batch * longest
+            if not least <= total <= most:
+                raise ValueError(
+                    f'"{self.line}": b{self.batch} {letter}{longest} are {least} to {most} rows together, not {total}'
+                )
 
     @cached_property
     def pairs(self) -> int:
@@ -196,7 +208,7 @@ def parse(line: str) -> Case:
             name, first, second = match.groups()
             sizes[name], sizes[name + "2"] = int(first), int(second or first)
         else:
-            name = re.match(r"[a-z_]+?(?=[\d*.-]|$)", word)
+            name = re.match(r"out_\w+|[a-z_]+?(?=[\d*.-]|$)", word)
             key = name[0] if name else word
             others[key] = word[len(key) :]
     heads, dims = (sizes["h"], sizes["h2"]), (sizes["d"], sizes["d2"])
@@ -225,9 +237,10 @@ def _split(words: Sequence[str], kind: str) -> Iterator[str]:
         at = end
 
 
-def _lines(text: str, kind: str) -> Iterator[str]:
+def _lines(text: str, kind: str, inside: tuple[Path, ...] = ()) -> Iterator[str]:
+    """`inside`: the files that the text stands in."""
     if text.startswith("@"):
-        yield from _lines_of_file(Path(text[1:]), kind)
+        yield from _lines_of_file(Path(text[1:]), kind, inside)
     elif text == ALL:
         for lines in CASES[kind].values():
             yield from (parse(line).line for line in lines)
@@ -239,16 +252,20 @@ def _lines(text: str, kind: str) -> Iterator[str]:
         yield parse(text).line
 
 
-def _lines_of_file(path: Path, kind: str) -> Iterator[str]:
+def _lines_of_file(path: Path, kind: str, inside: tuple[Path, ...]) -> Iterator[str]:
     """A case in each line; empty lines and what follows a # do not count."""
+    if path.resolve() in inside:
+        raise ValueError(f"@{path}: the file includes itself")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"@{path}: cannot be read: {error}") from None
-    for number, raw in enumerate(text.splitlines(), start=1):
-        line = raw.partition("#")[0].strip()
+    lines = [raw.partition("#")[0].strip() for raw in text.splitlines()]
+    if not any(lines):
+        raise ValueError(f"@{path}: there is no case in it")
+    for number, line in enumerate(lines, start=1):
         if line:
             try:
-                yield from _lines(line, kind)
+                yield from _lines(line, kind, (*inside, path.resolve()))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
@@ -49,6 +51,19 @@ def changes(old: Data, new: Data, contender: str = OURS) -> list[Change]:
     return found
 
 
+def failed(old: Data, new: Data) -> dict[str, float]:
+    """The old time, by line, of every case that flashcore had a time of and has none of any more."""
+    now_failed = {entry["line"] for entry in new["cases"] if OURS not in entry["results"]}
+    before = {entry["line"]: entry["results"][OURS]["us"] for entry in old["cases"] if OURS in entry["results"]}
+    return {line: us for line, us in before.items() if line in now_failed}
+
+
+def check_common(path: Path, old: Data, lines: Iterable[str]) -> None:
+    """Raises ValueError for an old result, that of `path`, with no time of flashcore in any of these cases."""
+    if not {entry["line"] for entry in old["cases"] if OURS in entry["results"]} & set(lines):
+        raise ValueError(f"{path}: nothing to compare with: it has a time of flashcore in none of these cases")
+
+
 def drift(old: Data, new: Data) -> dict[str, float]:
     """New time over old of each other contender, geometric mean over the cases: how the machine itself has changed."""
     names = {name for entry in new["cases"] for name in entry["results"] if not name.startswith(OURS)}
@@ -58,7 +73,7 @@ def drift(old: Data, new: Data) -> dict[str, float]:
 
 def differences(old: Data, new: Data) -> list[str]:
     """What makes the times of two files hard to compare."""
-    names = ("gpu", "processor", "isa", "clock", "caches", "inputs")
+    names = ("gpu", "processor", "isa", "cores", "threads", "clock", "caches", "inputs")
     pairs = []
     for name in names:
         was, now = (data.get("machine", {}).get(name, data.get("settings", {}).get(name)) for data in (old, new))

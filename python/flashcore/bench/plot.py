@@ -1,4 +1,7 @@
-"""Pictures of results: speed by sequence length, the ladder, the roofline. Needs matplotlib."""
+"""Pictures of results: speed by sequence length, the ladder, the roofline. Needs matplotlib.
+
+A `description` goes into the file, beside the picture.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,13 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+def _save(figure: Any, path: Path, description: str) -> None:
+    """The same picture gives the same bytes."""
+    from matplotlib import rc_context
+
+    metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {})
+    with rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path, dpi=110, metadata=metadata)
 
 
 def _thousands(value: int) -> str:
@@ -60,7 +68,7 @@ def length(case: Case) -> int:
     return case.batch * case.seqlen_k if case.decode else case.seqlen_k
 
 
-def by_seqlen(data: Data, path: Path) -> None:
+def by_seqlen(data: Data, path: Path, description: str = "") -> None:
     """Speed by sequence length, decode in GB/s: a column of panels for each head_dim, a row for each family."""
     panels: dict[tuple[str, int], list[tuple[Case, Data]]] = {}
     for entry in data["cases"]:
@@ -87,7 +95,7 @@ def by_seqlen(data: Data, path: Path) -> None:
             axis.set_ylabel("" if column else "GB/s" if members[0][0].decode else "TFLOP/s")
         axes[row][0].set_ylim(bottom=0)  # once the whole row, which shares the axis, is drawn
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    _save(figure, path)
+    _save(figure, path, description)
 
 
 def _draw_panel(axis: Any, members: list[tuple[Case, Data]], shown: dict[str, Any]) -> None:
@@ -106,9 +114,11 @@ def _draw_panel(axis: Any, members: list[tuple[Case, Data]], shown: dict[str, An
     axis.grid(alpha=0.3)
 
 
-def climb(entry: Data, path: Path) -> None:
+def climb(entry: Data, path: Path, description: str = "") -> None:
     """The ladder: a bar for each rung, with its speed-up over the first."""
     steps = ladder.climb(entry)
+    if not steps:
+        raise ValueError(f"{path}: there is nothing to draw: no kernel was timed")
     names = [ladder.label(entry, name) for name, _ in steps]
     scalar = steps[0][1]
     figure = _figure(8, 0.5 * len(steps) + 1.4)
@@ -123,18 +133,19 @@ def climb(entry: Data, path: Path) -> None:
     axis.set_xlabel(f"times the speed of {names[0]}")
     axis.set_title(entry["line"], fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    _save(figure, path, description)
 
 
-def roofline(data: Data, path: Path) -> None:
+def roofline(data: Data, path: Path, description: str = "") -> None:
     """Speed over arithmetic intensity under the measured ceilings: what a case could reach, and what it does. A few
     cases are told apart by colour, many by their dtypes."""
     ceilings = data.get("ceilings")
     if not ceilings or not ceilings["matmul_tflops"]:
         raise ValueError(f"{path}: a roofline needs measured ceilings, which this result has not (they need torch)")
     entries = [(parse(entry["line"]), entry) for entry in data["cases"] if OURS in entry["results"]]
+    entries = [(case, entry) for case, entry in entries if case.flops]  # empty calls have no place on its axes
     if not entries:
-        raise ValueError(f"{path}: there is nothing to draw: no case was timed")
+        raise ValueError(f"{path}: there is nothing to draw: no case with work was timed")
     figure = _figure(8.5, 5.6)
     axis = figure.subplots()
     colours = _draw_roofs(axis, ceilings, [case.flops / case.bytes for case, _ in entries])
@@ -160,7 +171,7 @@ def roofline(data: Data, path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     device = data.get("machine", {}).get("gpu") or data.get("machine", {}).get("processor", "")
     axis.set_title(f"{device}: ○ forward, □ backward, △ decode", fontsize=10)
-    _save(figure, path)
+    _save(figure, path, description)
 
 
 def _draw_roofs(axis: Any, ceilings: Data, intensities: list[float]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, device_info
+from .. import __version__, device_info, num_threads
 
 FLAGS = tuple(
     "avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_fp16 "
@@ -100,6 +100,13 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+def busy(load_before: float, cores: int) -> str:
+    """A warning where others keep more than half of the cores busy; else empty."""
+    if load_before <= cores / 2:
+        return ""
+    return f"warning: the load is {load_before} on {cores} cores before anything is measured: times will not compare"
+
+
 def gpu(index: int) -> dict[str, Any]:
     info = device_info(index)
     facts = {"gpu": info.name, "compute_capability": "{}.{}".format(*info.compute_capability)}
@@ -116,5 +123,6 @@ def machine(stage: Any) -> dict[str, Any]:
         if stage.torch:
             facts |= {"torch_cuda": stage.torch.version.cuda, "cudnn": stage.torch.backends.cudnn.version()}
     else:
-        facts |= processor() | {"isa": os.environ.get("FLASHCORE_CPU_ISA", "native"), "load": load()}
+        facts |= processor() | {"threads": num_threads()}
+        facts |= {"isa": os.environ.get("FLASHCORE_CPU_ISA", "native"), "load": load()}
     return facts | {"python": sys.version.split()[0]} | provenance(*LIBRARIES)

@@ -121,11 +121,13 @@ def machine(data: Data) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
-def changes(found: list[Change], title: str) -> Table:
+def changes(found: list[Change], failed: dict[str, float], title: str) -> Table:
     made = table("", "old µs", "new µs", "new / old", "verdict", title=title)
     for change in found:
         verdict = f"[{STYLES[change.verdict]}]{change.verdict}[/]" if change.verdict in STYLES else "within the noise"
         made.add_row(change.line, number(change.old_us), number(change.new_us), f"{change.ratio:.3f}", verdict)
+    for line, old_us in failed.items():
+        made.add_row(line, number(old_us), "–", "–", f"[{STYLES[SLOWER]}]failed[/]")
     return made
 
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+from . import form
 from .cases import parse
 
 OURS = "flashcore"
 ERROR_LIMIT = 1.2
 #: what has to agree for a file to be gone on with
-IDENTITY = ("device", "gpu", "processor", "driver", "flashcore", "torch", "jax", "git_sha", "isa")
+IDENTITY = ("device", "gpu", "processor", "driver", "flashcore", "torch", "jax", "git_sha", "isa", "cores", "threads")
 COLUMNS = tuple(
     "us us_mean us_std us_min us_p50 us_p90 us_p95 us_p99 us_low us_high us_max "
     "samples tflops gbs share_matmul share_copy host_us error".split()
@@ -29,30 +30,36 @@ Data = dict[str, Any]
 
 def check_writable(path: Path) -> None:
     """Raises ValueError before anything is measured for a file that could not be written after."""
-    folder = path.parent
-    is_other = path.exists() and not path.is_file()  # a folder, a device
-    if is_other or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(f"{path}: cannot be written")
+    try:
+        is_other = path.exists() and not path.is_file()  # a folder, a device
+        if is_other or path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(f"{path}: cannot be written")
+        _partial(path).touch()  # tried: of some folders, rights alone do not tell
+        _partial(path).unlink()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def save(path: Path, data: Data) -> None:
     """Writes beside the file and moves it there: who reads it finds the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def load(path: Path) -> Data:
-    """Raises ValueError for a file that is not of this kind."""
+    """Raises ValueError for a file that is not of this kind: what is wrong with it, and where."""
     try:
         data: Data = json.loads(path.read_text(encoding="utf-8"))
-        lines = [case["line"] for case in data["cases"] if isinstance(case["results"], dict)]
+        form.check(data)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a result of `flashcore bench`: it has no cases") from None
-    for line in lines:
-        parse(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a result of `flashcore bench`: {error}") from None
     return data
 
 

@@ -65,7 +65,7 @@ def kernels_of(line: str, device: str) -> list[str]:
 def measure(line: str, stage: Stage, peers: Sequence[Peer], settings: Settings) -> Data:
     """The result of one case. A contender that cannot do it is named among the failures."""
     case = parse(line)
-    entry: Data = {"line": line, "kernel": kernels_of(line, stage.device)[0], "flops": case.flops, "bytes": case.bytes}
+    entry: Data = {"line": line, "kernel": kernels_of(line, stage.device)[0], "flops": None, "bytes": None}
     entry |= {"ratio_to_best_peer": None, "results": {}, "failures": {}}
     try:
         with stage.current():
@@ -80,9 +80,10 @@ def measure(line: str, stage: Stage, peers: Sequence[Peer], settings: Settings) 
 
 def _measure_into(entry: Data, case: Case, stage: Stage, peers: Sequence[Peer], settings: Settings) -> None:
     try:
+        entry |= {"flops": case.flops, "bytes": case.bytes}
         sets = [make(case, stage.maker, results=stage.torch is None) for _ in range(stage.copies(case.bytes))]
     except (MemoryError, ValueError) as error:
-        entry["failures"][OURS] = str(error)
+        entry["failures"][OURS] = _one_line(error)
         return
     views = _views(stage, sets)
     sample = exact.sample(case, sets[0], stage.maker)
@@ -153,9 +154,10 @@ def _ready(
 
 def _one_line(reason: Exception) -> str:
     text = str(reason).strip().splitlines()
-    words = text[0] if text else type(reason).__name__
-    known = isinstance(reason, (CannotDo, ValueError))
-    return (words if known else f"{type(reason).__name__}: {words}")[:300]
+    if not text:
+        return "out of memory" if isinstance(reason, MemoryError) else type(reason).__name__
+    known = isinstance(reason, (CannotDo, ValueError, MemoryError))
+    return (text[0] if known else f"{type(reason).__name__}: {text[0]}")[:300]
 
 
 def _conclude(entry: Data, contenders: list[Contender]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ examples:
   python -m flashcore bench                                    the mission shape
   python -m flashcore bench training decode --save new.json
   python -m flashcore bench "{cases.EXAMPLE}" @mine.txt
-  python -m flashcore bench training --compare old.json        exit status 1 where something became slower
+  python -m flashcore bench training --compare old.json        exit status 1 where one is slower or fails
   python -m flashcore bench --ladder --plot climb.svg
   python -m flashcore bench --load new.json --csv new.csv --plot new.png"""
 
@@ -64,7 +65,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     where.add_argument("--resume", action="store_true", help="go on with the file of --save")
     where.add_argument("--load", type=Path, metavar="FILE", help="show a saved result instead of measuring")
     where.add_argument("--csv", type=Path, metavar="FILE", help="write CSV")
-    where.add_argument("--compare", type=Path, metavar="FILE", help="against an older result: 1 where one is slower")
+    where.add_argument(
+        "--compare", type=Path, metavar="FILE", help="against an older result: 1 where one is slower or fails"
+    )
     where.add_argument("--plot", type=Path, metavar="FILE", help="draw speeds, or the ladder, as PNG or SVG")
     where.add_argument("--roofline", type=Path, metavar="FILE", help="draw the roofline as PNG or SVG")
     return parser
@@ -84,13 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
     old = results.load(arguments.compare) if arguments.compare else None
     if arguments.load:
         data, finished = results.load(arguments.load), True
+        results.add_rates(data)
+        if old:
+            compare.check_common(arguments.compare, old, [entry["line"] for entry in data["cases"]])
     else:
-        data, finished = _measure(console, arguments)
+        data, finished = _measure(console, arguments, old)
     _show(console, data, arguments)
-    slower = _compare(console, old, data) if old else False
+    worse = _compare(console, old, data) if old else False
     if not finished:
         return INTERRUPTED
-    return 1 if slower or not any(entry["results"] for entry in data["cases"]) else 0
+    return 1 if worse or not any(entry["results"] for entry in data["cases"]) else 0
 
 
 def _list(console: Console, device: Any) -> int:
@@ -129,8 +135,8 @@ def _check(arguments: argparse.Namespace) -> None:
         "--seconds": (arguments.seconds, 0),
     }
     for name, (given, least) in limits.items():
-        if given is not None and given < least:
-            raise ValueError(f"{name} {given} given; at least {least} is allowed")
+        if given is not None and not least <= given < math.inf:  # so written, it refuses NaN
+            raise ValueError(f"{name} {given} given; a finite number of at least {least} is allowed")
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -149,8 +155,8 @@ def _contenders(console: Console, stage: Stage, arguments: argparse.Namespace) -
     return chosen + (peers.from_file(arguments.peer_file) if arguments.peer_file else [])
 
 
-def _measure(console: Console, arguments: argparse.Namespace) -> tuple[results.Data, bool]:
-    """The result, and whether it is whole."""
+def _measure(console: Console, arguments: argparse.Namespace, older: results.Data | None) -> tuple[results.Data, bool]:
+    """The result, and whether it is whole. `older`: what it is to be compared with."""
     stage = Stage(arguments.device, arguments.clock, arguments.caches, inputs=arguments.inputs)
     lines = (
         [cases.parse(cases.MISSION).line]
@@ -170,13 +176,18 @@ def _measure(console: Console, arguments: argparse.Namespace) -> tuple[results.D
     if arguments.resume and arguments.save.exists():
         old = results.load(arguments.save)
         results.check_same_run(arguments.save, old, machine, settings.as_data())
-        data |= {"cases": [entry for entry in old["cases"] if entry["line"] in lines], "ceilings": old["ceilings"]}
+        data |= {"cases": old["cases"], "ceilings": old["ceilings"]}
+    if older:
+        compare.check_common(arguments.compare, older, [*lines, *_done(data)])
     console.print(report.machine(data), markup=False, soft_wrap=True)
+    warning = "" if stage.cuda else provenance.busy(machine["load"], machine["cores"])
+    if warning:
+        Console(stderr=True).print(warning, style="yellow", markup=False, soft_wrap=True)
     try:
         _measure_all(stage, lines, chosen, settings, data, arguments)
     except KeyboardInterrupt:
         _keep(data, arguments.save)
-        done = f"{len(data['cases'])} of {len(lines)} cases"
+        done = f"{len(_done(data) & set(lines))} of {len(lines)} cases"
         where = f" are in {arguments.save}: the same words and --resume go on" if arguments.save else ", not saved"
         Console(stderr=True).print(f"interrupted: {done}{where}", style="yellow", markup=False, soft_wrap=True)
         return data, False
@@ -197,7 +208,7 @@ def _measure_all(
     data: results.Data,
     arguments: argparse.Namespace,
 ) -> None:
-    done = {entry["line"] for entry in data["cases"]}
+    done = _done(data) & set(lines)
     dtypes = list(dict.fromkeys(cases.parse(line).dtype for line in lines))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -215,9 +226,12 @@ def _measure_all(
         if not arguments.no_ceilings:
             progress.update(task, description="ceilings")
             _measure_ceilings(stage, dtypes, data)
-    data["cases"].sort(key=lambda entry: lines.index(entry["line"]))
     data["complete"] = True
     _keep(data, arguments.save)
+
+
+def _done(data: results.Data) -> set[str]:
+    return {entry["line"] for entry in data["cases"]}
 
 
 def _measure_ceilings(stage: Stage, dtypes: list[str], data: results.Data) -> None:
@@ -249,12 +263,13 @@ def _show(console: Console, data: results.Data, arguments: argparse.Namespace) -
 
 
 def _compare(console: Console, old: results.Data, data: results.Data) -> bool:
-    """Whether something became slower."""
+    """Whether something became slower, or fails that did not."""
     for difference in compare.differences(old, data):
         console.print(f"the machines or the ways differ: {difference}", style="yellow", markup=False, soft_wrap=True)
-    found = compare.changes(old, data)
-    console.print(report.changes(found, "flashcore against the older result") if found else "no case in common")
+    found, failed = compare.changes(old, data), compare.failed(old, data)
+    if found or failed:
+        console.print(report.changes(found, failed, "flashcore against the older result"))
     drift = ", ".join(f"{name} {ratio:.3f}" for name, ratio in compare.drift(old, data).items())
     if drift:
         console.print(f"the others, new time over old: {drift}", markup=False, soft_wrap=True)
-    return any(change.verdict == compare.SLOWER for change in found)
+    return bool(failed) or any(change.verdict == compare.SLOWER for change in found)
