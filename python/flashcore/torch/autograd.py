@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..options import convert
 from . import ops
-from .ops import DIFFERENTIABLE, TENSORS
+from .ops import DIFFERENTIABLE, OPERATORS, TENSORS, choose_road, is_compiling, refuse_learnable
 
 _COUNT = len(TENSORS)
 _TWICE = "flashcore.torch.{} can be differentiated once; its gradients have no gradient"
@@ -40,6 +40,11 @@ def refuse_constants(needs: Sequence[bool]) -> None:
             raise RuntimeError(f"{name} requires a gradient, but attention has none for it; pass {name}.detach()")
 
 
+def _without_func(function: Any) -> Any:
+    """`function.apply` without its care for torch.func, which does not look on here."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 class _Final(torch.autograd.Function):
     """Base of Functions that compute gradients: differentiating them is an error and not a silent zero."""
 
@@ -58,6 +63,14 @@ class _Gradients(_Final):
     @staticmethod
     def forward(*arguments: Any) -> Any:
         return ops.attention_backward(*arguments)
+
+
+def _gradients(*arguments: Any) -> Any:
+    """ops.attention_backward, whose results have no gradient; in a compiled graph the operator itself sees to that."""
+    if is_compiling():
+        with torch.enable_grad():
+            return ops.attention_backward(*arguments)
+    return (_Gradients.apply if torch.is_grad_enabled() else ops.attention_backward)(*arguments)
 
 
 class Attention(torch.autograd.Function):
@@ -83,10 +96,7 @@ class Attention(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         wanted = _wanted(ctx.needs_input_grad)
         refuse_constants(ctx.needs_input_grad)
-        call: Any = ops.attention_backward
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            call = _Gradients.apply
-        grads = call(dout, dlse if ctx.lse_used else None, out, lse, *inputs, wanted, *ctx.words)
+        grads = _gradients(dout, dlse if ctx.lse_used else None, out, lse, *inputs, wanted, *ctx.words)
         return _placed(grads, wanted, len(ctx.needs_input_grad))
 
 
@@ -100,13 +110,13 @@ Attention.forward.__signature__ = Signature(  # type: ignore[attr-defined]
 class EagerAttention(torch.autograd.Function):
     """(call, tensors…) -> out or, where lse has a gradient, (out, lse).
 
-    call is (options, bounds, whether lse has a gradient); tensors are those of TENSORS, but those at the end that are
-    all None: autograd takes time for each.
+    call is (options, the words they were made of, bounds, whether lse has a gradient); tensors are those of TENSORS,
+    but those at the end that are all None: autograd takes time for each.
     """
 
     @staticmethod
     def forward(ctx: Any, call: Any, *tensors: Any) -> Any:
-        options, bounds, lse_used = call
+        options, _, bounds, lse_used = call
         results = ops.forward(tensors, options, bounds, True)
         ctx.save_for_backward(*tensors, *results)
         ctx.call = call
@@ -122,8 +132,8 @@ class EagerAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * count
         needs = needs[1:] + (False,) * (_COUNT + 1 - count)
-        differentiate = _EagerGradients.apply if torch.is_grad_enabled() else _eager_gradients
-        dq, dk, dv, dbias, dsinks = differentiate(ctx.call, _wanted(needs), dout, dlse, *ctx.saved_tensors)
+        arguments = ctx.call, _wanted(needs), dout, dlse, *ctx.saved_tensors
+        dq, dk, dv, dbias, dsinks = _differentiate(*arguments)
         placed = (None, dq, dk, dv, None, dbias, None, dsinks)
         return placed[:count] if count <= len(placed) else placed + (None,) * (count - len(placed))
 
@@ -137,6 +147,8 @@ class EagerPlainAttention(EagerAttention):
     @staticmethod
     def forward(ctx: Any, words: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:  # type: ignore[override]
         layout, causal, scale, deterministic = words
+        if isinstance(scale, Tensor):
+            refuse_learnable(scale)
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         out, lse = ops.attend(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=True)
@@ -147,21 +159,32 @@ class EagerPlainAttention(EagerAttention):
     @staticmethod
     def backward(ctx: Any, dout: Any) -> tuple[Any, ...]:  # type: ignore[override]
         layout, causal, scale, deterministic = ctx.words
-        options = convert(layout, causal, None, scale, 0.0, 0.0, 0, deterministic, None)
-        ctx.call = options, (-1, -1), False
+        words = layout, causal, None, scale, 0.0, 0.0, 0, deterministic, None
+        ctx.call = convert(*words), words, (-1, -1), False
         return EagerAttention.backward(ctx, dout)
-
-
-def _without_func(function: Any) -> Any:
-    """`function.apply` without its care for torch.func, which does not look on here."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 record, record_plain = _without_func(EagerAttention), _without_func(EagerPlainAttention)
 
 
+def _differentiate(call: Any, wanted: Any, dout: Any, dlse: Any, *saved: Any) -> Any:
+    """(dq, dk, dv, dbias, dsinks), by the operators where somebody looks on now, as vmap of the cotangents does."""
+    by_operator: Any = _gradients
+    if choose_road((saved[0], dout, dlse)) != OPERATORS:
+        try:
+            differentiate = _EagerGradients.apply if torch.is_grad_enabled() else _eager_gradients
+            return differentiate(call, wanted, dout, dlse, *saved)
+        except TypeError:  # a cotangent with lazy negation, or of torch's older vmap (is_grads_batched)
+            by_operator = ops.attention_backward  # that vmap knows no autograd Function
+    _, words, bounds, _ = call
+    *tensors, out, lse = saved
+    tensors += [None] * (_COUNT - len(tensors))
+    grads = by_operator(dout, dlse, out, lse, *tensors, None, wanted, *ops.words(*words), *bounds)
+    return [gradient if want else None for gradient, want in zip(grads, wanted, strict=True)]
+
+
 def _eager_gradients(call: Any, wanted: Any, dout: Any, dlse: Any, *saved: Any) -> tuple[Any, ...]:
-    options, bounds, _ = call
+    options, _, bounds, _ = call
     return ops.backward((dout, dlse), saved[-2:], saved[:-2], wanted, options, bounds)
 
 
@@ -193,7 +216,7 @@ class MergeStates(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 5
         differentiate: Any = _merge_gradients
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_compiling():
             differentiate = _MergeGradients.apply
         return (*differentiate(dout, dlse, *ctx.saved_tensors, ctx.layout), None)
 
@@ -233,3 +256,33 @@ class _MergeGradients(_Final):
     @staticmethod
     def backward(ctx: Any, *above: Any) -> NoReturn:
         raise RuntimeError(_TWICE.format("merge_states"))
+
+
+# ---- the operators where autograd looks on: those of exported programs, and of graphs that run uncompiled ------------
+
+
+class _Once(_Final):
+    setup_context = torch.autograd.Function.setup_context  # none: forward is given the context
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return ops.attention_backward(*arguments)
+
+
+def _with_gradient(operator: Any, function: Any, *more: Any) -> Any:
+    """The operator, recorded as `function` of its arguments and `more` where a gradient is recorded."""
+    record = _without_func(function)
+
+    def call(*arguments: Any) -> Any:
+        ops.refuse_tangents(arguments)
+        return record(*arguments, *more) if ops.records(arguments) else ops.below_autograd(operator, arguments)
+
+    return call
+
+
+for _operator, _function in (
+    ("attention_forward", (Attention, True)),
+    ("attention_backward", (_Once,)),
+    ("merge_states", (MergeStates,)),
+):
+    ops.library.impl(_operator, _with_gradient(getattr(ops, _operator), *_function), "Autograd")

@@ -85,8 +85,8 @@ def _one_by_one(operator: Any, size: int, axes: tuple[Any, ...], arguments: tupl
     return tuple(torch.stack(each) for each in zip(*results, strict=True))
 
 
-def _unfold(tensor: Tensor, size: int) -> Tensor:
-    return tensor.unflatten(0, (size, -1)) if tensor.shape[0] else tensor.new_empty(size, 0, *tensor.shape[1:])
+def _unfold(tensor: Tensor, size: int, batch: int) -> Tensor:
+    return tensor.unflatten(0, (size, batch))
 
 
 def _forward(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
@@ -96,7 +96,7 @@ def _forward(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
     batch = _batch(arguments[0], axes[0])
     tensors = _fold_all(arguments[:_COUNT], axes[:_COUNT], size, batch, ())
     out, lse = ops.attention_forward(*tensors, *arguments[_COUNT:])
-    return (_unfold(out, size), _unfold(lse, size)), (0, 0)
+    return (_unfold(out, size, batch), _unfold(lse, size, batch)), (0, 0)
 
 
 def _backward(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
@@ -114,7 +114,7 @@ def _backward(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
     grads = list(ops.attention_backward(*above, *tensors, inner[_COUNT], wanted, *rest))
     for i in range(3):
         if wanted[i]:
-            grads[i] = _unfold(grads[i], size)
+            grads[i] = _unfold(grads[i], size, batch)
     if wants_bias:
         grads[3] = _bias_gradient(grads[3], bias, inner_axes[TENSORS.index("bias")], size, batch)
     return tuple(grads), tuple(0 if want else None for want in wanted)
@@ -141,8 +141,9 @@ def _merge(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
     size, states, layout = info.batch_size, arguments[:4], arguments[4]
     if layout == "thd":
         return _one_by_one(ops.merge_states, size, axes, arguments), (0, 0)
+    batch = _batch(states[0], axes[0])
     out, lse = ops.merge_states(*(_fold(x, axis, size) for x, axis in zip(states, axes[:4], strict=True)), layout)
-    return (_unfold(out, size), _unfold(lse, size)), (0, 0)
+    return (_unfold(out, size, batch), _unfold(lse, size, batch)), (0, 0)
 
 
 def _register(name: str, rule: Any) -> None:

@@ -8,36 +8,27 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from .. import _core
 from ..attention import _bound, _unpack
 from ..interop import LazyNegation, qualified
 from ..options import Causal, Layout, Window, convert
 from . import batching, ops  # noqa: F401  (batching registers its rules)
 from .autograd import Attention, MergeStates, record, record_plain, refuse_constants
-from .ops import attend
+from .ops import (
+    AUTOGRAD,
+    LIBRARY,
+    OPERATORS,
+    attend,
+    choose_road,
+    is_compiling,
+    refuse_learnable,
+    refuse_tangents,
+    road_of,
+)
 
 _UNKNOWN = (-1, -1)
 _CONSTANT = tuple(i for i in range(len(ops.TENSORS)) if i not in ops.DIFFERENTIABLE)
 _CAST = tuple(ops.TENSORS.index(name) for name in ("q", "k", "v", "bias"))  # by autocast
 
-#: the roads of a call
-OPERATORS, LIBRARY, AUTOGRAD = range(3)
-
-is_compiling = torch.compiler.is_compiling
-_forward_ad = torch.autograd.forward_ad
-# Private names of torch; where one is missing, every call takes the road of the operators.
-_onlookers = _core.Onlookers(
-    frozenset((Tensor, torch.nn.Parameter)),
-    [
-        (getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1), 0),
-        (getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: 1), None),
-    ],
-    vars(_forward_ad),
-    "_current_level",
-    torch.is_grad_enabled,
-)
-#: a tuple of tensors, the first of them not None -> the road of the call, unless a compiler looks on
-road_of = _onlookers.road
 casts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # on some device
 
 _Result = Union[Tensor, tuple[Tensor, Tensor]]
@@ -195,6 +186,8 @@ def attention_decode(
     block tables belong to inference, and raise RuntimeError where a gradient would be recorded.
     """
     causal = "bottom_right" if causal is True else causal
+    if torch.is_grad_enabled():
+        refuse_learnable(scale, softcap)
     if _autocast_dtype(q) is not None:
         q, k_new, v_new = (_cast(x, k_cache.dtype) for x in (q, k_new, v_new))
     tensors = (
@@ -215,7 +208,7 @@ def attention_decode(
     )
     given = (*tensors, k_cache, v_cache, out, lse)
     words = (layout, causal, window, scale, softcap, 0.0, 0, False, kernel)
-    road = _road(given)
+    road = choose_road(given)
     if road == OPERATORS:
         _require_tensors((*ops.DECODE_TENSORS, "k_cache", "v_cache", "out", "lse"), given)
     if road == AUTOGRAD or road == OPERATORS and torch.is_grad_enabled() and _any_grad(given):
@@ -231,7 +224,7 @@ def attention_decode(
         except LazyNegation:
             pass
     _refuse_out(out, lse)
-    _refuse_tangents(given)
+    refuse_tangents(given)
     call = ops.attention_decode if k_new is None and v_new is None else ops.attention_append
     results = call(k_cache, v_cache, *tensors, bool(rotary_interleaved), *ops.words(*words))
     return tuple(results) if return_lse else results[0]
@@ -253,7 +246,7 @@ def merge_states(
     recorded. Where neither state saw a key, the gradients are 0. Differentiating twice raises RuntimeError.
     """
     given = (out_a, lse_a, out_b, lse_b, out, lse)
-    road = _road(given)
+    road = choose_road(given)
     if road == OPERATORS:
         _require_tensors(("out_a", "lse_a", "out_b", "lse_b", "out", "lse"), given)
     if road == LIBRARY:
@@ -262,7 +255,7 @@ def merge_states(
         except LazyNegation:
             pass
     _refuse_out(out, lse)
-    _refuse_tangents(given)
+    refuse_tangents(given)
     return MergeStates.apply(*_distinct(given[:4]), layout)  # type: ignore[no-any-return]
 
 
@@ -279,39 +272,38 @@ def _attend(
 ) -> _Result:
     """Attention of the tensors of ops.TENSORS."""
     layout, causal, window, scale, softcap, dropout_p, seed, deterministic, kernel = words
+    if torch.is_grad_enabled():
+        refuse_learnable(scale, softcap)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if (dtype := _autocast_dtype(tensors[0])) is not None:
         tensors = tuple(_cast(x, dtype) if i in _CAST else x for i, x in enumerate(tensors))
-    road = _road((*tensors, out, lse))
+    road = choose_road((*tensors, out, lse))
     if road != OPERATORS:
         drawn = int(_draw_seed()) if seed is None and dropout_p > 0 else seed or 0
-        options = convert(layout, causal, window, scale, softcap, dropout_p, drawn, deterministic, kernel)
+        words = (layout, causal, window, scale, softcap, dropout_p, drawn, deterministic, kernel)
+        options = convert(*words)
         try:
             if road == AUTOGRAD:
                 _refuse_out(out, lse)
-                return _recorded(tensors, options, bounds, return_lse)
+                return _recorded(tensors, (options, words, bounds, return_lse))
             return ops.forward(tensors, options, bounds, return_lse, out, lse)  # type: ignore[no-any-return]
         except LazyNegation:
             seed = drawn
     _require_tensors(ops.TENSORS, tensors)
     _refuse_out(out, lse)
-    _refuse_tangents(tensors)
+    refuse_tangents((*tensors, scale, softcap))
     drawn_seed = _draw_seed() if seed is None and dropout_p > 0 else None
     spoken = ops.words(layout, causal, window, scale, softcap, dropout_p, seed or 0, deterministic, kernel)
     results = Attention.apply(*_distinct(tensors), drawn_seed, *spoken, *bounds, return_lse)
     return results if return_lse else results[0]  # type: ignore[no-any-return]
 
 
-def _recorded(tensors: Any, options: Any, bounds: tuple[int, int], return_lse: bool) -> _Result:
+def _recorded(tensors: Any, call: tuple[Any, ...]) -> _Result:
     if _any_grad([tensors[i] for i in _CONSTANT]):
         refuse_constants([x is not None and x.requires_grad for x in tensors])
     count = max(i for i, x in enumerate(tensors) if x is not None) + 1
-    return record((options, bounds, return_lse), *tensors[:count])  # type: ignore[no-any-return]
-
-
-def _road(tensors: tuple[Optional[Tensor], ...]) -> int:
-    return OPERATORS if is_compiling() else road_of(tensors)
+    return record(call, *tensors[:count])  # type: ignore[no-any-return]
 
 
 def _distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
@@ -374,15 +366,6 @@ def _refuse_out(out: Optional[Tensor], lse: Optional[Tensor]) -> None:
         raise RuntimeError(
             "out= and lse= given where a gradient is recorded, or where the call is compiled or transformed; "
             "leave them out, or call under torch.no_grad()"
-        )
-
-
-def _refuse_tangents(tensors: tuple[Optional[Tensor], ...]) -> None:
-    if is_compiling() or _forward_ad._current_level < 0:
-        return
-    if any(x is not None and _forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError(
-            "flashcore.torch has no forward-mode derivative (jvp, jacfwd, dual numbers); use reverse mode"
         )
 
 

@@ -1,10 +1,11 @@
 """The calls as torch operators, torch.ops.flashcore.*: opaque to the compiler, with the shapes of their results.
 
-They know nothing of gradients: autograd.py stands above them.
+Their gradients are in autograd.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import unwrap
 from typing import Any, NamedTuple, Optional
 
@@ -92,6 +93,54 @@ def words(
     )
 
 
+# ---- who looks on at a call ------------------------------------------------------------------------------------------
+
+#: the roads of a call
+OPERATORS, LIBRARY, AUTOGRAD = range(3)
+
+is_compiling = torch.compiler.is_compiling
+_forward_ad = torch.autograd.forward_ad
+# Private names of torch; where one is missing, every call takes the road of the operators.
+_onlookers = _core.Onlookers(
+    frozenset((Tensor, torch.nn.Parameter)),
+    [
+        (getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1), 0),
+        (getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: 1), None),
+        (getattr(torch._C, "_is_tracing", lambda: True), False),  # by torch.jit.trace
+    ],
+    vars(_forward_ad),
+    "_current_level",
+    torch.is_grad_enabled,
+)
+#: a tuple of tensors, the first of them not None -> the road of the call, unless a compiler looks on
+road_of = _onlookers.road
+
+
+def choose_road(tensors: tuple[Optional[Tensor], ...]) -> int:
+    """The road of a call with these tensors, the first of them not None."""
+    return OPERATORS if is_compiling() else road_of(tensors)
+
+
+def refuse_tangents(tensors: Sequence[Any]) -> None:
+    """An error, and not a silent zero, where forward mode differentiates one of them."""
+    if _forward_ad._current_level < 0:
+        return
+    if any(isinstance(x, Tensor) and _forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "flashcore.torch has no forward-mode derivative (jvp, jacfwd, dual numbers); use reverse mode"
+        )
+
+
+def refuse_learnable(scale: Any, softcap: Any = 0.0) -> None:
+    """An error, and not a number quietly detached, where one of them is a tensor that wants a gradient."""
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if isinstance(number, Tensor) and number.requires_grad:
+            raise TypeError(
+                f"{name}: a tensor that requires grad given, but attention has no gradient for it; pass a Python "
+                f"number: {name}.item()"
+            )
+
+
 # ---- the calls, on plain tensors -------------------------------------------------------------------------------------
 
 
@@ -99,8 +148,14 @@ def framework_of(tensor: Optional[Tensor]) -> Torch:
     return known.get(Tensor) or classify(tensor)  # type: ignore[return-value]
 
 
+def _attend(*tensors: Any, **words: Any) -> Any:
+    if torch.is_grad_enabled():
+        refuse_learnable(words.get("scale"))
+    return unwrap(attention)(*tensors, **words)
+
+
 #: `flashcore.attention`, without its warning about gradients
-attend = _core.shortcut(unwrap(attention), known, "quiet")
+attend = _core.shortcut(_attend, known, "quiet")
 
 
 def forward(
@@ -277,18 +332,30 @@ def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str) -
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-# ---- what a decode step does where a gradient would be recorded: attention has gradients, the cache has none ---------
+# ---- what they do where autograd looks on ----------------------------------------------------------------------------
+
+
+def below_autograd(operator: Any, arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def records(arguments: tuple[Any, ...]) -> bool:
+    """Whether a gradient is recorded of an operator's results."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def _without_gradient(operator: Any) -> Any:
+    """Attention has gradients, the cache of a decode step has none."""
+
     def call(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        refuse_tangents(arguments)
+        if records(arguments):
             raise RuntimeError(
                 "attention_decode has no gradient inside vmap or with new keys, but an input requires one; call it "
                 "under torch.no_grad(), or train with flashcore.torch.attention"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+        return below_autograd(operator, arguments)
 
     return call
 
