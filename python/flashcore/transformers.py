@@ -12,6 +12,7 @@ and packed sequences.
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from inspect import signature
 from typing import Any, Optional
@@ -46,8 +47,10 @@ def register(name: str = "flashcore") -> None:
     transformers takes a name with "flash" in it for a kind of flash-attn. That is wanted where vision models and
     continuous batching hand over packed sequences, and is corrected where models are loaded, masks made and texts
     generated. A model that itself refuses flash-attn takes a name without "flash", such as register("fused").
-    Models that are not written for the attention interface refuse the name with a ValueError.
+    Models that are not written for the attention interface refuse the name with a ValueError, and a name that means
+    another attention in transformers ("sdpa") is one here.
     """
+    _refuse_taken(name)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
     _names.add(name)
@@ -285,14 +288,49 @@ def _apart_from_flash_attn(original: Any) -> Any:
     return is_flash_attention_requested
 
 
+def _refuse_taken(name: str) -> None:
+    attentions, masks = modeling_utils.ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    is_free = attentions.get(name) in (None, attention_forward) and masks.get(name) in (None, attention_mask)
+    if not is_free:
+        raise ValueError(
+            f'register("{name}") given; "{name}" is an attention of transformers already: take another name, '
+            'such as "flashcore" or "fused"'
+        )
+
+
+def _goes_by_the_interface(model: type) -> bool:
+    """Whether the attention layers of this model look the function up under the name that is asked for.
+
+    Many models that do say no more than that they support sdpa. Of those, some choose among classes of their own, or
+    call torch's function themselves.
+    """
+    if getattr(model, "_supports_attention_backend", False):
+        return True
+    bases = (kind for kind in model.__mro__ if kind is not modeling_utils.PreTrainedModel)
+    families = {kind.__module__ for kind in bases if issubclass(kind, modeling_utils.PreTrainedModel)}
+    return getattr(model, "_supports_sdpa", False) and all(map(_looks_it_up, families))
+
+
+def _looks_it_up(module: str) -> bool:
+    words = vars(sys.modules[module]) if module in sys.modules else {}
+    chooses_itself = any(type(word) is dict and {"eager", "sdpa"} <= word.keys() for word in words.values())
+    has_layers = any(
+        isinstance(word, type)
+        and issubclass(word, torch.nn.Module)
+        and "Attention" in name
+        and word.__module__ == module  # a model that is put together from others leaves it to them
+        for name, word in words.items()
+    )
+    return not chooses_itself and ("ALL_ATTENTION_FUNCTIONS" in words or not has_layers)
+
+
 def _refusing_strangers(original: Any) -> Any:
-    """Models that do not say they go by the interface may read its masks otherwise: as numbers to add, for one."""
+    """Models that do not go by the interface may read its masks otherwise (as numbers to add, for one), or fail."""
 
     def get_correct_attn_implementation(
         model: Any, requested_attention: Optional[str], *more: Any, **words: Any
     ) -> str:
-        goes_by_it = any(getattr(model, f"_supports_{what}", False) for what in ("attention_backend", "sdpa"))
-        if requested_attention in _names and not goes_by_it:
+        if requested_attention in _names and not _goes_by_the_interface(type(model)):
             raise ValueError(
                 f'attn_implementation="{requested_attention}" given; {type(model).__name__} is not written for '
                 'transformers\' attention interface: attn_implementation="eager" runs it'

@@ -22,6 +22,7 @@ Errors are those of `flashcore.attention`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
@@ -30,6 +31,7 @@ try:
 except ImportError as error:
     raise ImportError("flashcore.compat.flash_attn needs PyTorch: pip install torch") from error
 
+from ..attention import _bound
 from ..torch import attention, attention_decode, attention_varlen
 
 __all__ = [
@@ -156,7 +158,7 @@ def flash_attn_varlen_func(
 
     Args:
       cu_seqlens_q, cu_seqlens_k: int32 (batch + 1): sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1] − 1.
-      max_seqlen_q, max_seqlen_k: the longest sequence, or more.
+      max_seqlen_q, max_seqlen_k: the longest sequence, or more; None where it is not known.
       block_table: int32 (batch, max_pages): k and v are pages, (pages, page_size, heads_k, head_dim), and page p of
         sequence b is k[block_table[b, p]]. Without dropout, and without a backward pass.
 
@@ -167,7 +169,8 @@ def flash_attn_varlen_func(
         if dropout_p > 0:
             raise ValueError(f"dropout_p={dropout_p} given with a block_table; keys in pages go without dropout")
         with torch.no_grad():
-            paged = _attend_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_table, words)
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            paged = _attend_pages(q, k, v, *lengths, block_table, words)
         out, lse = _without_gradient("flash_attn_varlen_func with a block_table", paged, q, k, v)
         result = (out, lse) if return_attn_probs else out
     else:
@@ -345,7 +348,9 @@ def _words(
     alibi_slopes: Optional[Tensor],
 ) -> dict[str, Any]:
     """These options in flashcore's words."""
-    sides = tuple(-1 if side < 0 else side for side in window_size)
+    if not isinstance(window_size, Sequence) or len(window_size) != 2:
+        raise ValueError(f"window_size={window_size!r} given; a pair (left, right) is needed, with -1 for unbounded")
+    sides = tuple(-1 if side is None or side < 0 else side for side in window_size)
     return {
         "scale": softmax_scale,
         "causal": "bottom_right" if causal else False,
@@ -383,10 +388,14 @@ def _where_keys_lie(
     if block_table is not None and (batch_idx is not None or padding is not None):
         other = "cache_batch_idx" if batch_idx is not None else "cache_leftpad"
         raise ValueError(f"{other} and block_table given; only one of them can say whose cache is whose")
+    batch, (owners, capacity) = cache_seqlens.numel(), caches[0].shape[:2]
+    if batch_idx is not None:
+        _check_each("cache_batch_idx", batch_idx, batch, [owners - 1] * batch, "there are caches 0 to {}")
     if padding is None:
         return caches, cache_seqlens, block_table if batch_idx is None else batch_idx.to(torch.int32)[:, None]
+    held = cache_seqlens.tolist() if _is_looked_into(cache_seqlens) else []
+    _check_each("cache_leftpad", padding, batch, held, "the sequence has 0 to {} keys")
     # Pages of one key each, and a table of those behind the padding.
-    capacity = caches[0].shape[1]
     owner = torch.arange(len(padding), device=padding.device) if batch_idx is None else batch_idx
     place = padding[:, None] + torch.arange(capacity, device=padding.device)
     table = torch.where(place < capacity, owner[:, None] * capacity + place, -1)  # none beyond the end
@@ -395,6 +404,44 @@ def _where_keys_lie(
     except RuntimeError:
         raise ValueError("cache_leftpad given; the sequences of a cache must then follow without a gap") from None
     return pages, cache_seqlens - padding, table.to(torch.int32)
+
+
+def _is_looked_into(lengths: Tensor) -> bool:
+    """Whether lengths are checked, as the library does it: a GPU is not waited for unless FLASHCORE_CHECK=1."""
+    has_values = type(lengths) is Tensor and not torch.compiler.is_compiling()
+    return has_values and (lengths.is_cpu or os.environ.get("FLASHCORE_CHECK") == "1")
+
+
+def _check_each(name: str, given: Tensor, batch: int, largest: Sequence[int], rule: str) -> None:
+    """One integer for each sequence, of 0 to largest."""
+    _require_tensors(**{name: given})
+    if given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32, got {given.dtype}")
+    if given.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(given.shape)}")
+    if not _is_looked_into(given):
+        return
+    for b, (value, last) in enumerate(zip(given.tolist(), largest, strict=False)):  # largest is empty if not known
+        if not 0 <= value <= last:
+            raise ValueError(f"{name}[{b}] is {value}; {rule.format(last)}")
+
+
+def _check_offsets(name: str, offsets: Tensor, longest: Optional[int], rows: Optional[int]) -> None:
+    """Where packed sequences begin and end, in the words of the library."""
+    bound = _bound(longest)
+    if not _is_looked_into(offsets):
+        return
+    values = offsets.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name}[0] is {values[0]}; it must start with 0")
+    for b, (first, end) in enumerate(zip(values, values[1:], strict=False)):
+        if end < first:
+            raise ValueError(f"{name}[{b + 1}] is {end} after {first}; it must never fall")
+        if longest is not None and end - first > bound:
+            given = f"{end - first} rows, more than the given maximum of {bound}"
+            raise ValueError(f"sequence {b} of {name} has {given}")
+    if rows is not None and values[-1] > rows:
+        raise ValueError(f"{name}[{len(values) - 1}] is {values[-1]}, but there are only {rows} packed rows")
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
@@ -459,7 +506,8 @@ def _attend_pages(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
     block_table: Tensor,
     words: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
@@ -467,12 +515,25 @@ def _attend_pages(
 
     The rules are aligned bottom-right, so rows in front change nothing for the rows behind them.
     """
-    batch = cu_seqlens_q.shape[0] - 1
-    token = torch.arange(q.shape[0], device=q.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True).clamp_(max=batch - 1)
-    row = token - cu_seqlens_q[sequence + 1] + max_seqlen_q
-    padded = q.new_zeros(batch, max_seqlen_q, *q.shape[1:])
-    padded[sequence, row] = q
+    _require_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or len(cu_seqlens_q) < 1:
+        shapes = f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have shape (batch + 1,), got {shapes}")
+    if q.dim() != 3:
+        raise ValueError(f"q must have shape (total, heads, head_dim), got {tuple(q.shape)}")
+    total, batch = q.shape[0], len(cu_seqlens_q) - 1
+    _check_offsets("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, total)
+    _check_offsets("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, None)
+    rows = total if max_seqlen_q is None else min(_bound(max_seqlen_q), total)
+    ends = cu_seqlens_q[1:]
+    source = ends[:, None] + torch.arange(-rows, 0, device=q.device)
+    padded = q[source.clamp(0, max(total - 1, 0))]
     lengths = cu_seqlens_k.diff().to(torch.int32)
     out, lse = attention_decode(padded, k, v, lengths, block_table, layout="bshd", return_lse=True, **words)
-    return out[sequence, row], lse[sequence, :, row].transpose(0, 1)
+    token = torch.arange(total, device=q.device)
+    sequence = torch.searchsorted(ends, token, right=True).clamp(max=batch - 1)
+    row = token - ends[sequence] + rows
+    is_held = (row >= 0) & (row < rows)  # rows behind the last sequence are nobody's
+    row = row.clamp(0, rows - 1)
+    out = torch.where(is_held[:, None, None], out[sequence, row], 0)
+    return out, torch.where(is_held, lse[sequence, :, row].transpose(0, 1), -torch.inf)

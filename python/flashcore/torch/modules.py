@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Optional
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class KVCache:
     Attributes:
       k, v: (batch, capacity, heads, head_dim).
       seqlens: int32 (batch): how many tokens are held.
-      used: the largest of them, known without asking the device.
+      used: the largest of them, known without asking the device; more than that only after `truncate` on a GPU.
     """
 
     def __init__(
@@ -45,9 +45,27 @@ class KVCache:
         self.seqlens += tokens
         self.used += tokens
 
-    def truncate(self, seqlens: Tensor) -> None:
-        """Forgets all but the first seqlens[b] tokens of sequence b: padding behind prompts of different lengths."""
-        torch.minimum(self.seqlens, seqlens.to(self.seqlens), out=self.seqlens)
+    def truncate(self, seqlens: Union[int, Sequence[int], Tensor]) -> None:
+        """Forgets all but the first seqlens[b] tokens of sequence b: padding, or guesses that were wrong.
+
+        Args:
+          seqlens: one number for all sequences or one for each. On a GPU `used` sinks to the largest number given;
+            a tensor on the GPU is not waited for and leaves `used`, which the room for new tokens is counted from,
+            as it is. So does a compiled call.
+        """
+        given = torch.as_tensor(seqlens)
+        if given.shape not in ((), self.seqlens.shape) or given.is_floating_point():
+            what, batch = f"{given.dtype} {tuple(given.shape)}", len(self.seqlens)
+            raise ValueError(f"seqlens: {what} given; an integer or ({batch},) of them, one a sequence, is needed")
+        is_compiling = torch.compiler.is_compiling()
+        known = given.flatten().tolist() if given.is_cpu and not is_compiling else []
+        if min(known, default=0) < 0:
+            raise ValueError(f"seqlens={known} given; a length is at least 0")
+        torch.minimum(self.seqlens, given.to(self.seqlens), out=self.seqlens)
+        if self.seqlens.is_cpu and not is_compiling:
+            self.used = max(self.seqlens.tolist(), default=0)
+        elif known:
+            self.used = min(self.used, max(known))
 
     def reset(self) -> None:
         """Forgets everything."""

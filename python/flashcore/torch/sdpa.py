@@ -16,7 +16,17 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from .._core import are_alike
 from ..device import device_count, device_info
 from ..options import Causal
-from .functional import LIBRARY, OPERATORS, attend, attention, casts, is_compiling, record_plain, road_of
+from .functional import (
+    LIBRARY,
+    OPERATORS,
+    _autocast_dtype,
+    attend,
+    attention,
+    casts,
+    is_compiling,
+    record_plain,
+    road_of,
+)
 from .ops import dense_rows, framework_of
 
 _NAME = "scaled_dot_product_attention"
@@ -48,7 +58,8 @@ def scaled_dot_product_attention(
       scale: default 1/√E.
       enable_gqa: heads_q may be a multiple of heads.
 
-    Returns: (…, heads_q, L, Ev), of query's dtype. A query that sees no key gets 0.
+    Returns: (…, heads_q, L, Ev), of query's dtype. A query that sees no key gets 0. Where query is a tensor (batch, L,
+    heads_q, E) seen through transpose(1, 2), the result is one, too.
 
     Raises: RuntimeError where the call can never be valid, as torch's own; TypeError for what is no tensor. Compiled
     and transformed calls, dtypes under autocast and errors of differentiation are as in `flashcore.torch.attention`.
@@ -58,12 +69,18 @@ def scaled_dot_product_attention(
         causal: Causal = "top_left" if is_causal else False
         try:
             if road != OPERATORS and are_alike(framework_of(query).quiet, query, key, value):
+                is_by_rows = not query.is_contiguous() and _lies_by_rows(query)
                 if road == LIBRARY:
-                    return attend(query, key, value, causal=causal, scale=scale)  # type: ignore[no-any-return]
-                return record_plain(("bhsd", causal, scale, None), query, key, value)  # type: ignore[no-any-return]
-        except (ValueError, TypeError):
+                    out = torch.empty_like(query) if is_by_rows else None
+                    return attend(query, key, value, causal=causal, scale=scale, out=out)  # type: ignore[no-any-return]
+                if not is_by_rows:
+                    return record_plain(("bhsd", causal, scale, None), query, key, value)  # type: ignore[no-any-return]
+                rows = (x.transpose(1, 2) for x in (query, key, value))
+                return record_plain(("bshd", causal, scale, None), *rows).transpose(1, 2)  # type: ignore[no-any-return]
+        except (ValueError, TypeError, IndexError):
             pass  # the long road knows what to do, or what to say
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    mask = () if attn_mask is None else (("attn_mask", attn_mask),)
+    for name, tensor in (("query", query), ("key", key), ("value", value), *mask):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{_NAME}: {name} must be a tensor, got {type(tensor).__qualname__}")
     try:
@@ -88,6 +105,7 @@ def _attend(
         raise ValueError(f"query, key and value need at least 2 dimensions, got {dimensions}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p={dropout_p} given; a probability between 0 and 1 is needed")
+    is_by_rows = max(dimensions) == 4 and _lies_by_rows(query)
     if dimensions == (4, 4, 4) and query.shape[0] == key.shape[0] == value.shape[0]:
         batch = query.shape[:1]
     else:
@@ -96,17 +114,21 @@ def _attend(
     query, key, value = _matched_heads(query, key, value, enable_gqa)
     mask, bias = None, None
     if attn_mask is not None:
+        _check_dtype(attn_mask, query)
         attn_mask = _plane(attn_mask, batch, query, key)
         mask, bias = (attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
     everything = dropout_p == 1  # is dropped: 0 with gradients of 0
+    given = (dense_rows(x) for x in (query, key, value))
     out: Tensor = attention(  # type: ignore[assignment]
-        *(dense_rows(x) for x in (query, key, value)),
+        *((x.transpose(1, 2) for x in given) if is_by_rows else given),
         causal=causal,
         scale=scale,
         mask=mask,
         bias=bias,
         dropout_p=0.0 if everything else dropout_p,
+        layout="bshd" if is_by_rows else "bhsd",
     )
+    out = out.transpose(1, 2) if is_by_rows else out
     out = out * 0 if everything else out
     if dimensions == (4, 4, 4):
         return out
@@ -124,6 +146,20 @@ def _causal_rule(query: Tensor, key: Tensor, attn_mask: Any, is_causal: bool) ->
     if given != lengths:
         raise ValueError(f"CausalBias of {given} given, but query and key have the lengths {lengths}")
     return "top_left" if attn_mask.variant == CausalVariant.UPPER_LEFT else "bottom_right", None
+
+
+def _lies_by_rows(query: Tensor) -> bool:
+    """Whether the heads of a row lie together: what returns has q's order then, as torch's own, for a view of it."""
+    return query.dim() == 4 and query.stride(1) < query.stride(2)
+
+
+def _check_dtype(attn_mask: Tensor, query: Tensor) -> None:
+    allowed = (torch.bool, torch.float32, query.dtype)
+    if attn_mask.dtype in allowed or attn_mask.is_floating_point() and _autocast_dtype(query) is not None:
+        return
+    raise ValueError(
+        f"attn_mask of {attn_mask.dtype} given; torch.bool, torch.float32 or query's {query.dtype} is allowed"
+    )
 
 
 def _in_four_dimensions(tensor: Tensor, batch: torch.Size) -> Tensor:
@@ -177,11 +213,15 @@ def install() -> None:
     that no fast kernel runs yet, for which torch's own is faster: gradients, dropout, float32, other chips. Code that
     looks the function up when it calls is served, torch.nn.MultiheadAttention for example; a name that was imported
     before keeps torch's own. Installing twice is installing once.
+
+    torch's own runs, too, where `torch.nn.attention.sdpa_kernel` allows no flash kernel (on a GPU: no memory-efficient
+    one either; compiled code does not look), and in what torch.jit traces or scripts.
     """
     global _torchs_own
     if _torchs_own is None:
         _torchs_own = torch.nn.functional.scaled_dot_product_attention
         torch.nn.functional.scaled_dot_product_attention = _routed  # type: ignore[assignment]
+        torch.jit._builtins._register_builtin(_routed, f"aten::{_NAME}")  # scripts find torch's own
 
 
 def uninstall() -> None:
@@ -217,7 +257,7 @@ def _routed(
     scale: Optional[float] = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if _takes(query, key, value, attn_mask, dropout_p, is_causal):
+    if not _wants_torchs_own(query) and _takes(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -231,8 +271,24 @@ _routed.__name__ = _routed.__qualname__ = _NAME
 _routed.__doc__ = scaled_dot_product_attention.__doc__
 
 
+def _wants_torchs_own(query: Tensor) -> bool:
+    if is_compiling():  # torch.compile cannot read the switches
+        return False
+    if torch.jit.is_tracing():
+        return True
+    cuda = torch.backends.cuda  # whose switches are also those of the CPU, which has no memory-efficient kernels
+    return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() and getattr(query, "is_cuda", False))
+
+
 def _takes(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], dropout_p: float, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    dropout_p: float,
+    is_causal: bool,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
 ) -> bool:
     """What `supports` says, from shapes and dtypes alone: it is asked of traced tensors, too."""
     if not all(type(x) in _ROUTED for x in (query, key, value)) or query.dtype not in _DTYPES:
@@ -243,7 +299,9 @@ def _takes(
         return False
     if not (1 <= query.shape[-1] == key.shape[-1] <= _MAX_HEAD_DIM and 1 <= value.shape[-1] <= _MAX_HEAD_DIM):
         return False
-    if key.shape[-2] != value.shape[-2]:
+    if key.shape[-2] != value.shape[-2] or not _are_shared(_heads(query), _heads(key), _heads(value), enable_gqa):
+        return False
+    if scale is not None and not (isinstance(scale, (int, float, torch.SymFloat)) and -math.inf < scale < math.inf):
         return False
     if query.is_cuda and not _is_fast(query, key, value, attn_mask, dropout_p):
         return False
@@ -253,6 +311,19 @@ def _takes(
     return (
         not is_causal and type(attn_mask) in _ROUTED and attn_mask.dtype in dtypes and attn_mask.device == query.device
     )
+
+
+def _heads(tensor: Tensor) -> int:
+    return tensor.shape[-3] if tensor.dim() > 2 else 1
+
+
+def _are_shared(heads_q: int, heads_k: int, heads_v: int, enable_gqa: bool) -> bool:
+    if heads_q == heads_k == heads_v:
+        return heads_q > 0
+    heads = max(heads_k, heads_v)
+    if heads == 0 or heads_q == 0 or min(heads_k, heads_v) not in (1, heads):
+        return False
+    return heads_q % heads == 0 if enable_gqa else 1 in (heads, heads_q) or heads == heads_q
 
 
 def _is_fast(query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], dropout_p: float) -> bool:
