@@ -31,12 +31,14 @@ def of_file(path: Path) -> list[str]:
     others = list(dict.fromkeys(name for entry in timed for name in entry["results"] if name != OURS))
     worst = min(timed, key=lambda entry: entry["results"][OURS]["share_copy"])
     shares = [entry["results"][OURS]["share_copy"] for entry in timed]
+    same = [share for entry in timed if (share := entry["results"][OURS].get("share_same_copy"))]
+    beside_same = f"; beside a copy of as many bytes, {min(same):.0%} where least" if same else ""
     near = sum(share >= GOAL for share in shares)
     return [
         f"On one {told_machine(data['machine'])}: medians of {data['settings']['rounds']} rounds, all in turn. A large "
         f"copy moves {data['ceilings']['copy_gbs']:.0f} GB/s there. flashcore reaches {GOAL:.0%} of it or more in "
-        f"{near} of {len(timed)} cases, and {min(shares):.0%} where it reaches least (`{worst['case']}`). The last "
-        "column is the time of the best other library over ours: above 1 we are ahead.",
+        f"{near} of {len(timed)} cases, and {min(shares):.0%} where it reaches least (`{worst['case']}`)"
+        f"{beside_same}. The last column is the time of the best other library over ours: above 1 we are ahead.",
         "",
         "| | µs | GB/s | of a large copy | of one of as many bytes | "
         f"{' | '.join(f'{name} GB/s' for name in others)} | ratio |",

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the measured sections of the pages in docs/, and their pictures, from the files bench/results/*.json and
-docs/profile_*.txt.
+"""Writes the measured sections of the pages in docs/ and beside kernels, and the pictures in docs/, from the files
+bench/results/*.json and docs/profile_*.txt.
 
 --check only says whether they are current (exit status 1 if not), and needs neither matplotlib nor flashcore.
 """
@@ -16,20 +16,22 @@ import docs_ladder
 import docs_overhead
 import docs_primitives
 import docs_profiles
+import docs_sm90
 import docs_tuning
 import pictures
 
-DOCS, RESULTS = pictures.DOCS, pictures.RESULTS
+ROOT, DOCS, RESULTS = pictures.ROOT, pictures.DOCS, pictures.RESULTS
 
 #: (folder of results, folder of pages) -> Markdown; empty where nothing has been measured
 Section = Callable[[Path, Path], str]
 #: by page: the name of its section, and who writes it
 SECTIONS: dict[str, tuple[str, Section]] = {
-    "ladder.md": ("climb", docs_ladder.section),
-    "primitives.md": ("speed", docs_primitives.section),
-    "profiles.md": ("profiles", docs_profiles.section),
-    "torch.md": ("calls", docs_overhead.section),
-    "tuning.md": ("searches", docs_tuning.section),
+    "docs/ladder.md": ("climb", docs_ladder.section),
+    "docs/primitives.md": ("speed", docs_primitives.section),
+    "docs/profiles.md": ("profiles", docs_profiles.section),
+    "docs/torch.md": ("calls", docs_overhead.section),
+    "docs/tuning.md": ("searches", docs_tuning.section),
+    "src/kernels/sm90/README.md": ("speed", docs_sm90.section),
 }
 
 
@@ -46,15 +48,15 @@ def main() -> int:
     arguments = parser.parse_args()
     stale = []
     for page, (name, section) in SECTIONS.items():
-        path = DOCS / page
+        path = ROOT / page
         text = path.read_text(encoding="utf-8")
         fresh = rewritten(text, name, section(RESULTS, DOCS))
         if fresh != text:
-            stale.append(f"docs/{page}")
+            stale.append(page)
         if not arguments.check:
             path.write_text(fresh, encoding="utf-8")
     if arguments.check:
-        print(f"measured sections of docs/: {'STALE: run scripts/update_docs.py' if stale else 'current'}", *stale)
+        print(f"measured sections: {'STALE: run scripts/update_docs.py' if stale else 'current'}", *stale)
         return pictures.report_stale(pictures.OF_DOCS, "scripts/update_docs.py") or bool(stale)
     for picture in pictures.OF_DOCS:
         picture.redraw()

@@ -1,4 +1,4 @@
-"""scripts/update_docs.py: the measured sections of the pages in docs/."""
+"""scripts/update_docs.py: the measured sections of the pages."""
 
 import json
 
@@ -202,5 +202,5 @@ def test_only_the_marked_place_is_rewritten():
 @pytest.mark.parametrize("page", update_docs.SECTIONS)
 def test_the_pages_are_current(page):
     name, section = update_docs.SECTIONS[page]
-    text = (update_docs.DOCS / page).read_text(encoding="utf-8")
+    text = (update_docs.ROOT / page).read_text(encoding="utf-8")
     assert update_docs.rewritten(text, name, section(update_docs.RESULTS, update_docs.DOCS)) == text
