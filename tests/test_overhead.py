@@ -48,6 +48,7 @@ def test_a_table_for_each_file(tmp_path):
         "| `flashcore.attention` | 6.0 | – |",
         "| `flashcore.torch.attention` | 7.0 | 15.1 |",
         "| `flashcore.torch.attention`, a gradient to come | 18.0 | – |",
+        "| `flashcore.attention` of CuPy's arrays | 99.0 | – |",
     ]
 
 
