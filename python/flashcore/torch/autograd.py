@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Optional
 import torch
 from torch import Tensor
 
+from ..interop import LazyNegation
 from ..options import convert
 from . import ops
 from .ops import DIFFERENTIABLE, OPERATORS, TENSORS, choose_road, is_compiling, refuse_learnable
@@ -269,11 +270,16 @@ class _Once(_Final):
         return ops.attention_backward(*arguments)
 
 
-def _with_gradient(operator: Any, function: Any, *more: Any) -> Any:
+def _with_gradient(name: str, function: Any, *more: Any) -> Any:
     """The operator, recorded as `function` of its arguments and `more` where a gradient is recorded."""
-    record = _without_func(function)
+    operator, implementation, record = getattr(ops, name), ops.IMPLEMENTATIONS[name], _without_func(function)
 
     def call(*arguments: Any) -> Any:
+        if ops.road_of(tuple([x for x in arguments if isinstance(x, Tensor)])) == ops.LIBRARY:
+            try:
+                return implementation(*arguments)  # as torch would find by asking again, which takes longer
+            except LazyNegation:
+                pass  # but that torch resolves
         ops.refuse_tangents(arguments)
         return record(*arguments, *more) if ops.records(arguments) else ops.below_autograd(operator, arguments)
 
@@ -285,4 +291,4 @@ for _operator, _function in (
     ("attention_backward", (_Once,)),
     ("merge_states", (MergeStates,)),
 ):
-    ops.library.impl(_operator, _with_gradient(getattr(ops, _operator), *_function), "Autograd")
+    ops.library.impl(_operator, _with_gradient(_operator, *_function), "Autograd")

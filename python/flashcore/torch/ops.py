@@ -282,12 +282,17 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: s
     return merge((dense_rows(out_a), lse_a, dense_rows(out_b), lse_b), layout)
 
 
+#: by operator: what it does with plain tensors
+IMPLEMENTATIONS = {
+    "attention_forward": _forward,
+    "attention_backward": _backward,
+    "attention_decode": _decode,
+    "attention_append": _decode,
+    "merge_states": _merge,
+}
 for key in ("CPU", "CUDA"):
-    library.impl("attention_forward", _forward, key)
-    library.impl("attention_backward", _backward, key)
-    library.impl("attention_decode", _decode, key)
-    library.impl("attention_append", _decode, key)
-    library.impl("merge_states", _merge, key)
+    for name, implementation in IMPLEMENTATIONS.items():
+        library.impl(name, implementation, key)
 
 
 # ---- the shapes of their results, where there is no data -------------------------------------------------------------
