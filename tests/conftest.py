@@ -54,6 +54,15 @@ def device(request) -> str:
 
 
 @pytest.fixture
+def place(device):
+    """The device, for tensors of torch."""
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this torch sees no GPU")
+    return device
+
+
+@pytest.fixture
 def xp(device):
     """A framework with arrays on `device`: the one to use where the framework itself does not matter."""
     return KINDS["numpy"]() if device == "cpu" else make_framework(_cuda_frameworks()[0], "cuda")
@@ -82,3 +91,15 @@ def rng(request) -> np.random.Generator:
 def no_cuda():
     if fc.device_count() > 0:
         pytest.skip("this machine has a GPU")
+
+
+@pytest.fixture
+def bench(capsys):
+    """`python -m flashcore bench` in this process: what it prints."""
+    from flashcore.__main__ import main
+
+    def command(*words, code=0):
+        assert main(["bench", *map(str, words)]) == code
+        return "".join(capsys.readouterr())
+
+    return command

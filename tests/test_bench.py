@@ -16,7 +16,6 @@ import flashcore as fc
 import numpy as np
 import pytest
 from flashcore import _core
-from flashcore.__main__ import main
 from flashcore.bench import (
     arrays,
     calls,
@@ -63,17 +62,6 @@ def flashcore_command(*words, **keywords):
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", program, "bench", *map(str, words)], **pipes, **keywords)
-
-
-@pytest.fixture
-def bench(capsys):
-    """The command in this process: what it prints."""
-
-    def command(*words, code=0):
-        assert main(["bench", *map(str, words)]) == code
-        return "".join(capsys.readouterr())
-
-    return command
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from pathlib import Path
 import cpu_compare
 import flashcore as fc
 import pytest
-from flashcore.__main__ import main
 from flashcore.bench import arrays, calls, cases, compare, exact, provenance, results, run
 from flashcore.bench.stage import Stage
 
@@ -23,17 +22,6 @@ TINY = "fwd fp32 b1 q32 k32 h2 d16"
 OTHER = "fwd fp32 b1 q16 k16 h2 d16"
 QUICK = ["--device", "cpu", "--peers", "none", "--seconds", "0.05", "--no-ceilings"]
 AS_FROM_A_KEYBOARD = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-
-
-@pytest.fixture
-def bench(capsys):
-    """The command in this process: what it prints."""
-
-    def command(*words, code=0):
-        assert main(["bench", *map(str, words)]) == code
-        return "".join(capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture

@@ -72,13 +72,6 @@ def expected(q, k, v, alibi_slopes=None, **words):
 
 
 @pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
-@pytest.fixture
 def normal(place):
     generator = torch.Generator().manual_seed(0)
 

@@ -16,13 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 TORCHS_OWN = F.scaled_dot_product_attention
 
 
-@pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 def normal(*shape, place="cpu", dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(place, dtype)
 

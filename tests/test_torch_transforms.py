@@ -9,13 +9,6 @@ from flashcore.torch import ops  # noqa: E402
 from torch.func import grad, jacrev, jvp, vjp, vmap  # noqa: E402
 
 
-@pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch.compiler.reset()

@@ -53,13 +53,6 @@ MODELS = DECODERS | OTHERS
 TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}  # float32, two layers
 
 
-@pytest.fixture
-def place(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return device
-
-
 def models(name, place, *implementations):
     """The same random model once for each implementation."""
     kind, config = MODELS[name]()

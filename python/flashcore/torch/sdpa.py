@@ -173,14 +173,22 @@ def _matched_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
     heads_q, heads_k, heads_v = query.shape[1], key.shape[1], value.shape[1]
     if heads_q == heads_k == heads_v:
         return query, key, value
+    if flaw := _head_flaw(heads_q, heads_k, heads_v, enable_gqa):
+        raise ValueError(flaw)
     heads = max(heads_k, heads_v)
-    if {heads_k, heads_v} - {1, heads}:
-        raise ValueError(f"key has {heads_k} heads and value {heads_v}; they must be equal")
     if heads_q == 1 and not enable_gqa:
         query = query.expand(-1, heads, -1, -1)
-    elif heads not in (1, heads_q) and not enable_gqa:
-        raise ValueError(f"query has {heads_q} heads, key and value have {heads}; enable_gqa=True lets them share")
     return query, key.expand(-1, heads, -1, -1), value.expand(-1, heads, -1, -1)
+
+
+def _head_flaw(heads_q: int, heads_k: int, heads_v: int, enable_gqa: bool) -> str:
+    """Why heads do not go together; empty where they do, though not all of what enable_gqa lets pass can be grouped."""
+    heads = max(heads_k, heads_v)
+    if min(heads_k, heads_v) not in (1, heads):
+        return f"key has {heads_k} heads and value {heads_v}; they must be equal"
+    if not enable_gqa and heads_q != 1 and heads not in (1, heads_q):
+        return f"query has {heads_q} heads, key and value have {heads}; enable_gqa=True lets them share"
+    return ""
 
 
 def _plane(attn_mask: Tensor, batch: torch.Size, query: Tensor, key: Tensor) -> Tensor:
@@ -318,12 +326,9 @@ def _heads(tensor: Tensor) -> int:
 
 
 def _are_shared(heads_q: int, heads_k: int, heads_v: int, enable_gqa: bool) -> bool:
-    if heads_q == heads_k == heads_v:
-        return heads_q > 0
-    heads = max(heads_k, heads_v)
-    if heads == 0 or heads_q == 0 or min(heads_k, heads_v) not in (1, heads):
+    if 0 in (heads_q, heads_k, heads_v) or _head_flaw(heads_q, heads_k, heads_v, enable_gqa):
         return False
-    return heads_q % heads == 0 if enable_gqa else 1 in (heads, heads_q) or heads == heads_q
+    return not enable_gqa or heads_q % max(heads_k, heads_v) == 0
 
 
 def _is_fast(query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], dropout_p: float) -> bool:
