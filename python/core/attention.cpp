@@ -138,10 +138,8 @@ bool is_tiny(const TensorView& q, const TensorView& k) {
 
 }  // namespace
 
-nb::object attend(const Bridge& bridge, nb::handle q, nb::handle k, nb::handle v, const Wanted& wanted,
+nb::object attend(Reader& reader, const AttentionInputs& in, nb::handle q, const Wanted& wanted,
                   const AttentionOptions& options) {
-  Reader reader(bridge, nb::none(), Grads::mentioned);
-  const AttentionInputs in{.q = reader.read(q, "q"), .k = reader.read(k, "k"), .v = reader.read(v, "v")};
   const Results out = take_results(reader, wanted, q, in.q, in.v);
   const Stream run_on = reader.stream(in.q.device);
   {

@@ -7,7 +7,8 @@
 
 #include <cstddef>
 #include <exception>
-#include <optional>
+
+#include "words.h"
 
 namespace flashcore::python {
 
@@ -45,33 +46,6 @@ const Bridge* bridge_of(Shortcut& self, PyTypeObject* type) {
   self.type = type;
   self.bridge = bridge.release().ptr();
   return self.native;
-}
-
-/// Python's own copy of a name or a word; the compiler interns those in a call, so that addresses can be compared.
-const PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
-
-bool read_causal(nb::handle value, Mask& mask) {
-  static const PyObject* const top_left = interned("top_left");
-  static const PyObject* const bottom_right = interned("bottom_right");
-  if (value.is(Py_True))
-    mask = Mask::causal();
-  else if (value.is(top_left))
-    mask = Mask::top_left();
-  else if (value.is(bottom_right))
-    mask = Mask::bottom_right();
-  return value.is(Py_False) || mask.kind != Causal::none;
-}
-
-bool read_scale(nb::handle value, std::optional<double>& scale) {
-  if (PyFloat_CheckExact(value.ptr())) scale = PyFloat_AsDouble(value.ptr());
-  return value.is_none() || scale.has_value();
-}
-
-bool read_layout(nb::handle value, Layout& layout) {
-  static const PyObject* const bhsd = interned("bhsd");
-  static const PyObject* const bshd = interned("bshd");
-  if (value.is(bshd)) layout = Layout::bshd;
-  return value.is(bhsd) || value.is(bshd);
 }
 
 bool read_flag(nb::handle value, bool& flag) {
@@ -116,7 +90,10 @@ nb::object call_directly(Shortcut& self, PyObject* const* args, Py_ssize_t posit
   AttentionOptions options;
   Wanted wanted{.out = Py_None, .lse = Py_None};
   if (!bridge || !read_words(names, args + kArrays, options, wanted)) return {};
-  return attend(*bridge, args[0], args[1], args[2], wanted, options);
+  Reader reader(*bridge, nb::none(), Grads::mentioned);
+  const AttentionInputs in{
+      .q = reader.read(args[0], "q"), .k = reader.read(args[1], "k"), .v = reader.read(args[2], "v")};
+  return attend(reader, in, args[0], wanted, options);
 }
 
 PyObject* call(PyObject* callable, PyObject* const* args, std::size_t nargsf, PyObject* names) {

@@ -8,8 +8,8 @@
 
 namespace flashcore::python {
 
-/// Attention of three arrays. Returns out or, where lse is given or wanted, (out, lse).
-nb::object attend(const Bridge& bridge, nb::handle q, nb::handle k, nb::handle v, const Wanted& wanted,
+/// Attention of inputs that `reader` has read, of which `q` is one. Returns out or, where lse is wanted, (out, lse).
+nb::object attend(Reader& reader, const AttentionInputs& in, nb::handle q, const Wanted& wanted,
                   const AttentionOptions& options);
 
 void bind_shortcut(nb::module_& m);

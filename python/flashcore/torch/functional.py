@@ -17,19 +17,16 @@ from .ops import (
     AUTOGRAD,
     LIBRARY,
     OPERATORS,
-    attend,
+    attend_plainly,
     choose_road,
     is_compiling,
     refuse_learnable,
     refuse_tangents,
-    road_of,
 )
 
 _UNKNOWN = (-1, -1)
 _CONSTANT = tuple(i for i in range(len(ops.TENSORS)) if i not in ops.DIFFERENTIABLE)
 _CAST = tuple(ops.TENSORS.index(name) for name in ("q", "k", "v", "bias"))  # by autocast
-
-casts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # on some device
 
 _Result = Union[Tensor, tuple[Tensor, Tensor]]
 
@@ -75,19 +72,18 @@ def attention(
     The gradients themselves have no gradient: differentiating twice raises RuntimeError. Forward-mode differentiation
     raises NotImplementedError.
     """
-    plain = mask is None and bias is None and alibi_slopes is None and sinks is None and seqused_k is None
-    plain = plain and window is None and softcap == 0 and dropout_p == 0 and seed is None and kernel is None
-    plain = plain and q_descale is None and k_descale is None and v_descale is None
-    plain = plain and not return_lse and out is None and lse is None
-    if plain and k is not None and v is not None and not (is_compiling() or casts()):
-        road = road_of((q, k, v))
+    if not (is_compiling() or return_lse) and softcap == 0 and dropout_p == 0:
+        others = (
+            window, mask, bias, alibi_slopes, sinks, seed, q_descale, k_descale, v_descale, seqused_k, out, lse, kernel
+        )  # fmt: skip
         try:
-            if road == LIBRARY:
-                return attend(q, k, v, causal=causal, scale=scale, layout=layout)  # type: ignore[no-any-return]
-            if road == AUTOGRAD:
+            result = attend_plainly(q, k, v, causal, scale, layout, others)
+            if result is True:
                 return record_plain((layout, causal, scale, deterministic), q, k, v)  # type: ignore[no-any-return]
-        except LazyNegation:
-            pass
+            if result is not None:
+                return result  # type: ignore[return-value]
+        except TypeError:
+            pass  # the long road knows what to do, or what to say
     if k is None:
         q, k, v = _unpacked(q, v, layout)
     tensors = (q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale, None, None, seqused_k)
@@ -345,7 +341,7 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
 
 def _unpacked(qkv: Tensor, v: Optional[Tensor], layout: str) -> tuple[Tensor, Tensor, Tensor]:
     _require_tensors(("q",), (qkv,))
-    return _unpack(ops.framework_of(qkv), qkv, v, layout)
+    return _unpack(ops.FRAMEWORK, qkv, v, layout)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -100,20 +100,28 @@ OPERATORS, LIBRARY, AUTOGRAD = range(3)
 
 is_compiling = torch.compiler.is_compiling
 _forward_ad = torch.autograd.forward_ad
+FRAMEWORK: Torch = known.get(Tensor) or classify(torch.empty(0))  # type: ignore[assignment]
+#: reads tensors without a warning about their gradients
+QUIET = FRAMEWORK.quiet
 # Private names of torch; where one is missing, every call takes the road of the operators.
+casts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # on some device
 _onlookers = _core.Onlookers(
-    frozenset((Tensor, torch.nn.Parameter)),
+    QUIET,
+    (Tensor, torch.nn.Parameter),
     [
         (getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1), 0),
         (getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: 1), None),
         (getattr(torch._C, "_is_tracing", lambda: True), False),  # by torch.jit.trace
     ],
+    casts,
     vars(_forward_ad),
     "_current_level",
     torch.is_grad_enabled,
 )
 #: a tuple of tensors, the first of them not None -> the road of the call, unless a compiler looks on
 road_of = _onlookers.road
+#: out of a plain call, made at once; True where its gradient is to be recorded; None where it takes another road
+attend_plainly, attend_alike = _onlookers.attend, _onlookers.attend_alike
 
 
 def choose_road(tensors: tuple[Optional[Tensor], ...]) -> int:
@@ -144,10 +152,6 @@ def refuse_learnable(scale: Any, softcap: Any = 0.0) -> None:
 # ---- the calls, on plain tensors -------------------------------------------------------------------------------------
 
 
-def framework_of(tensor: Optional[Tensor]) -> Torch:
-    return known.get(Tensor) or classify(tensor)  # type: ignore[return-value]
-
-
 def _attend(*tensors: Any, **words: Any) -> Any:
     if torch.is_grad_enabled():
         refuse_learnable(words.get("scale"))
@@ -167,7 +171,7 @@ def forward(
     lse: Optional[Tensor] = None,
 ) -> Any:
     """out or, where lse is given or wanted, (out, lse). `tensors` are those of TENSORS; the last may be missing."""
-    return _core.forward(framework_of(tensors[0]).quiet, tensors, (out, lse), options, *bounds, bool(with_lse), None)
+    return _core.forward(QUIET, tensors, (out, lse), options, *bounds, bool(with_lse), None)
 
 
 def backward(
@@ -182,9 +186,8 @@ def backward(
     TENSORS; the last may be missing."""
     dout, dlse = cotangents
     dout = torch.zeros_like(results[0]) if dout is None else dense_rows(dout)
-    bridge = framework_of(results[0]).quiet
     return _core.backward(  # type: ignore[no-any-return]
-        bridge, tensors, results, (dout, dlse), _NO_GRADIENTS, wanted, options, *bounds, None
+        QUIET, tensors, results, (dout, dlse), _NO_GRADIENTS, wanted, options, *bounds, None
     )
 
 
@@ -198,8 +201,7 @@ def decode(
     lse: Optional[Tensor] = None,
 ) -> Any:
     """out or, where lse is given or wanted, (out, lse). `tensors` are those of DECODE_TENSORS."""
-    bridge = framework_of(tensors[0]).quiet
-    return _core.decode(bridge, tensors, caches, interleaved, (out, lse), options, bool(with_lse), None)
+    return _core.decode(QUIET, tensors, caches, interleaved, (out, lse), options, bool(with_lse), None)
 
 
 def merge(
@@ -210,7 +212,7 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """out and lse of (out_a, lse_a, out_b, lse_b)."""
     number = word("layout", layout, LAYOUTS)
-    return _core.merge_states(framework_of(states[0]).quiet, states, (out, lse), number, None)  # type: ignore[no-any-return]
+    return _core.merge_states(QUIET, states, (out, lse), number, None)  # type: ignore[no-any-return]
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

@@ -13,21 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from .._core import are_alike
 from ..device import device_count, device_info
 from ..options import Causal
-from .functional import (
-    LIBRARY,
-    OPERATORS,
-    _autocast_dtype,
-    attend,
-    attention,
-    casts,
-    is_compiling,
-    record_plain,
-    road_of,
-)
-from .ops import dense_rows, framework_of
+from .functional import _autocast_dtype, attention, is_compiling, record_plain
+from .ops import attend_alike, dense_rows
 
 _NAME = "scaled_dot_product_attention"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,19 +53,17 @@ def scaled_dot_product_attention(
     Raises: RuntimeError where the call can never be valid, as torch's own; TypeError for what is no tensor. Compiled
     and transformed calls, dtypes under autocast and errors of differentiation are as in `flashcore.torch.attention`.
     """
-    if attn_mask is None and dropout_p == 0 and not (is_compiling() or casts()):
-        road = road_of((query, key, value))
+    if attn_mask is None and dropout_p == 0 and not is_compiling():
         causal: Causal = "top_left" if is_causal else False
         try:
-            if road != OPERATORS and are_alike(framework_of(query).quiet, query, key, value):
-                is_by_rows = not query.is_contiguous() and _lies_by_rows(query)
-                if road == LIBRARY:
-                    out = torch.empty_like(query) if is_by_rows else None
-                    return attend(query, key, value, causal=causal, scale=scale, out=out)  # type: ignore[no-any-return]
-                if not is_by_rows:
+            result = attend_alike(query, key, value, causal, scale)
+            if result is True:
+                if query.is_contiguous() or not _lies_by_rows(query):
                     return record_plain(("bhsd", causal, scale, None), query, key, value)  # type: ignore[no-any-return]
                 rows = (x.transpose(1, 2) for x in (query, key, value))
                 return record_plain(("bshd", causal, scale, None), *rows).transpose(1, 2)  # type: ignore[no-any-return]
+            if result is not None:
+                return result  # type: ignore[return-value]
         except (ValueError, TypeError, IndexError):
             pass  # the long road knows what to do, or what to say
     mask = () if attn_mask is None else (("attn_mask", attn_mask),)
