@@ -26,7 +26,8 @@
 namespace flashcore::common {
 namespace {
 
-constexpr std::int64_t kManyBlocks = 512;     // of chunks: what a large device holds at once, since blocks must meet
+constexpr std::int64_t kRowBlocks = 1024;    // of chunks: twice what a large device holds at once, so that it evens out
+constexpr std::int64_t kColumnBlocks = 512;  // once: a strip leaves a number for each of its columns
 constexpr std::int64_t kEnoughBlocks = 1024;  // keep a device busy
 constexpr std::int64_t kShortRow = 8;         // vectors a lane, where there are enough rows
 constexpr int kMostChunkParts = 64;           // numbers that a thread of the last block of a strip combines
@@ -66,7 +67,7 @@ Cut cut_rows(const ReduceParams& p, int vector_size) {
   while (cuda::blocks_for(cut.results, cut.groups()) > cuda::kMaxBlocks) --cut.group_log2;
   cut.blocks = cuda::blocks_for(cut.results, cut.groups());
   constexpr std::int64_t kBatch = kThreads * kAtOnce;  // vectors that are worth a block of their own
-  const std::int64_t chunks = std::min(cut.length / kBatch, kManyBlocks / cut.results);
+  const std::int64_t chunks = std::min(cut.length / kBatch, kRowBlocks / cut.results);
   if (chunks < 2) return cut;
   cut.length = cuda::blocks_for(cut.length, chunks * kBatch) * kBatch;
   cut.chunks = static_cast<int>(cuda::blocks_for(cuda::blocks_for(p.inner, vector_size), cut.length));
@@ -89,7 +90,7 @@ Cut cut_columns(const ReduceParams& p, int vector_size) {
   cut.blocks = cut.strips;
   const std::int64_t batch = cut.groups() * kAtOnce;  // rows that are worth a block of their own
   const std::int64_t chunks =
-      std::min({p.inner / batch, kManyBlocks / cut.strips, std::int64_t{kMostChunkParts} * kThreads / across});
+      std::min({p.inner / batch, kColumnBlocks / cut.strips, std::int64_t{kMostChunkParts} * kThreads / across});
   if (chunks < 2) return cut;
   cut.length = cuda::blocks_for(p.inner, chunks * batch) * batch;
   cut.chunks = static_cast<int>(cuda::blocks_for(p.inner, cut.length));
