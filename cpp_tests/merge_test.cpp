@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "flashcore/flashcore.h"
 #include "support/bounds.h"
@@ -144,6 +145,19 @@ TEST_P(MergeStates, RefusesShapesAndDtypesThatDiffer) {
   EXPECT_THROW(merge_states(a.view(), a.view(), shifted), InvalidArgument) << "out overlaps out_a, shifted";
   merged.download();
   EXPECT_EQ(merged.out.bytes(), before);
+}
+
+TEST(MergeStatesOnTwoDevices, IsRefusedInTheWordsOfTheCall) {
+  Random random(1);
+  const State a(DType::float32, Layout::bhsd, kCpu, random);
+  AttentionState elsewhere = a.view();
+  elsewhere.lse.device = {DeviceType::cuda, 1};
+  try {
+    merge_states(a.view(), elsewhere, a.view());
+    FAIL() << "lse_b is on another device";
+  } catch (const InvalidArgument& error) {
+    EXPECT_EQ(std::string(error.what()).find("lse_b is on cuda:1, but out_a is on cpu"), 0u) << error.what();
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Merge, MergeStates, ::testing::ValuesIn(test_devices()),

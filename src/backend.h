@@ -29,7 +29,7 @@ struct Backend {
   MemoryResource& (*system_resource)(int index);
 
   // Graphs that streams are captured into. Where there are none, only the first is called.
-  Capture (*capture_of)(Stream stream);
+  Capture (*capture_of)(int index, Stream stream);  // never throws
   // release(what) is called once, on any thread, when neither the graph nor anything made of it will run again. Throws
   // CudaError: then it never is.
   void (*keep_with_graph)(void* graph, void* what, void (*release)(void* what));

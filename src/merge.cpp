@@ -22,7 +22,7 @@ void merge_states(const AttentionState& a, const AttentionState& b, const Attent
                   Stream stream) {
   using detail::Rows;
   const Device device = a.out.device;
-  detail::TensorReader read(device, layout);
+  detail::TensorReader read(device, layout, "out_a");
   const Rows rows = read.rows(a.out, "out_a");
   read.require_dtype(a.out, "out_a", {DType::float16, DType::bfloat16, DType::float32, DType::float64});
   detail::MergeParams p;

@@ -46,7 +46,7 @@ std::string shape_text(Layout layout, std::int64_t batch, std::int64_t heads, st
 
 void TensorReader::require_device(const TensorView& t, const char* name) const {
   if (t.device != device_)
-    throw InvalidArgument(std::string(name) + " is on " + flashcore::name_of(t.device) + ", but q is on " +
+    throw InvalidArgument(std::string(name) + " is on " + flashcore::name_of(t.device) + ", but " + first_ + " is on " +
                           flashcore::name_of(device_) + "; all tensors of a call must be on one device");
 }
 

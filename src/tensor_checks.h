@@ -26,7 +26,9 @@ std::string shape_text(Layout layout, std::int64_t batch, std::int64_t heads, st
 /// The tensors of one call: remembers what was read and written, so that devices and overlaps are checked for all.
 class TensorReader {
  public:
-  TensorReader(Device device, Layout layout) : device_(device), layout_(layout) {}
+  /// All tensors have to be on the device of the call's first one; `first` is what messages call it.
+  TensorReader(Device device, Layout layout, const char* first = "q")
+      : device_(device), layout_(layout), first_(first) {}
 
   /// q, k, v, out and their like. `name` is what messages call it.
   Rows rows(const TensorView& t, const char* name);
@@ -65,6 +67,7 @@ class TensorReader {
 
   Device device_;
   Layout layout_;
+  const char* first_;
   bool unaligned_ = false;
   Entry entries_[32];
   int count_ = 0;

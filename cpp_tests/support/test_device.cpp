@@ -24,7 +24,7 @@ void copy(void* target, const void* source, std::size_t bytes, Device device, Di
     std::memcpy(target, source, bytes);
     return;
   }
-  require(cudaSetDevice(device.index));
+  make_current(device);
   require(cudaDeviceSynchronize());
   require(cudaMemcpy(target, source, bytes,
                      direction == Direction::to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost));
@@ -42,6 +42,19 @@ std::vector<Device> test_devices() {
   if (device_count() > 0) devices.push_back(kCuda);
   return devices;
 }
+
+#ifdef FLASHCORE_TEST_CUDA
+void make_current(Device device) { require(cudaSetDevice(device.index)); }
+
+Device current_device() {
+  int index = 0;
+  require(cudaGetDevice(&index));
+  return {DeviceType::cuda, index};
+}
+#else
+void make_current(Device) {}
+Device current_device() { return kCuda; }
+#endif
 
 std::string test_name(Device device) { return device.type == DeviceType::cpu ? "cpu" : "cuda"; }
 
@@ -74,22 +87,25 @@ void DeviceArray::download_part(std::size_t offset, void* host, std::size_t byte
 }
 
 #ifdef FLASHCORE_TEST_CUDA
-TestStream::TestStream(Device device) {
+TestStream::TestStream(Device device, StreamKind kind) : device_(device), kind_(kind) {
   if (device.type != DeviceType::cuda) return;
-  require(cudaSetDevice(device.index));
-  cudaStream_t stream = nullptr;
-  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  make_current(device);
+  cudaStream_t stream = cudaStreamPerThread;
+  if (kind == StreamKind::own) require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   stream_ = stream;
 }
 
 TestStream::~TestStream() {
   if (!stream_) return;
+  cudaSetDevice(device_.index);
   cudaStreamSynchronize(stream_);
-  cudaStreamDestroy(stream_);
+  if (kind_ == StreamKind::own) cudaStreamDestroy(stream_);
 }
 
 void TestStream::synchronize() const {
-  if (stream_) require(cudaStreamSynchronize(stream_));
+  if (!stream_) return;
+  make_current(device_);
+  require(cudaStreamSynchronize(stream_));
 }
 
 TestGraph::TestGraph(void* graph) : graph_(graph) {
@@ -120,13 +136,16 @@ TestGraph::Nodes TestGraph::nodes() const {
 
 TestGraph TestStream::capture(const std::function<void()>& work) const {
   cudaGraph_t graph = nullptr;
+  make_current(device_);
   require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
   work();
+  make_current(device_);
   require(cudaStreamEndCapture(stream_, &graph));
   return TestGraph(graph);
 }
 
 void TestStream::replay(const TestGraph& graph) const {
+  make_current(device_);
   require(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph.executable_), stream_));
   require(cudaStreamSynchronize(stream_));
 }
@@ -139,7 +158,7 @@ void TestStream::fork_to(const TestStream& other) const {
   require(cudaEventDestroy(event));
 }
 #else
-TestStream::TestStream(Device) {}
+TestStream::TestStream(Device device, StreamKind kind) : device_(device), kind_(kind) {}
 TestStream::~TestStream() = default;
 void TestStream::synchronize() const {}
 TestGraph::TestGraph(void*) {}

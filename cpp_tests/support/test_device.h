@@ -19,6 +19,10 @@ std::vector<Device> test_devices();
 /// "cpu" or "cuda": the part of a test's name that says where it runs.
 std::string test_name(Device device);
 
+/// This thread's current CUDA device.
+void make_current(Device device);
+Device current_device();
+
 /// Bytes of one device that free themselves. Copies are synchronous, so no test needs to wait for anything else.
 class DeviceArray {
  public:
@@ -79,17 +83,19 @@ class TestGraph {
   void* executable_ = nullptr;
 };
 
-/// A stream of its own on a device; null on the CPU. Waits for its work when it goes.
+enum class StreamKind { own, thread_default };
+
+/// A stream of its own on a device, or the thread's default one; null on the CPU. Waits for its work when it goes.
 class TestStream {
  public:
-  explicit TestStream(Device device);
+  explicit TestStream(Device device, StreamKind kind = StreamKind::own);
   ~TestStream();
   TestStream(const TestStream&) = delete;
   TestStream& operator=(const TestStream&) = delete;
 
   Stream get() const { return stream_; }
   void synchronize() const;
-  /// Records what `work` queues on this stream. CUDA only.
+  /// Records what `work` queues on this stream, whose device is the current one at first. CUDA only.
   TestGraph capture(const std::function<void()>& work) const;
   /// Runs it and waits.
   void replay(const TestGraph& graph) const;
@@ -99,6 +105,8 @@ class TestStream {
   void fork_to(const TestStream& other) const;
 
  private:
+  Device device_;
+  StreamKind kind_;
   Stream stream_ = nullptr;
 };
 

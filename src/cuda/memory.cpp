@@ -80,13 +80,15 @@ MemoryResource& system_resource(int index) {
   return *resources->at(static_cast<std::size_t>(index));
 }
 
-detail::Capture capture_of(Stream stream) {
+detail::Capture capture_of(int index, Stream stream) noexcept {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   cudaGraph_t graph = nullptr;
-  if (cudaStreamGetCaptureInfo(stream, &status, &id, &graph) != cudaSuccess) {
-    cudaGetLastError();  // the legacy stream beside a capturing one: it records nothing itself
-    return {};
+  try {
+    const DeviceGuard guard(index);  // the handles of the default streams stand for those of the current device
+    check(cudaStreamGetCaptureInfo(stream, &status, &id, &graph), "asking what a stream records");
+  } catch (const std::exception&) {
+    return {};  // the legacy stream beside a capturing one, which records nothing itself; or the process is ending
   }
   return status == cudaStreamCaptureStatusActive ? detail::Capture{id, graph} : detail::Capture{};
 }

@@ -21,7 +21,7 @@ std::string no_device_reason();
 DeviceInfo device_info(int index);
 
 MemoryResource& system_resource(int index);
-detail::Capture capture_of(Stream stream);
+detail::Capture capture_of(int index, Stream stream) noexcept;
 void keep_with_graph(void* graph, void* what, void (*release)(void* what));
 void outside_captures(int index, const std::function<void(Stream)>& work);
 void copy_to_host(void* host, const void* device, std::size_t bytes, int index, Stream stream);

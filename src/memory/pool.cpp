@@ -64,7 +64,7 @@ struct PoolResource::State : std::enable_shared_from_this<State> {
       : upstream(resource), device(where), backend(detail::find_backend(where.type)) {}
 
   Stream stream_of(Stream stream) const { return device.type == DeviceType::cpu ? nullptr : stream; }
-  Capture capture_of(Stream stream) const { return backend ? backend->capture_of(stream) : Capture{}; }
+  Capture capture_of(Stream stream) const { return backend ? backend->capture_of(device.index, stream) : Capture{}; }
 
   void* allocate(std::size_t bytes, Stream stream);
   void* allocate_captured(std::size_t bytes, Stream stream, const Capture& capture);

@@ -118,7 +118,7 @@ const Backend& cpu_backend() {
       .no_device_reason = [] { return std::string(); },
       .device_info = device_info,
       .system_resource = [](int) -> MemoryResource& { return host_resource(); },
-      .capture_of = [](Stream) { return Capture{}; },
+      .capture_of = [](int, Stream) { return Capture{}; },
       .keep_with_graph = nullptr,
       .outside_captures = nullptr,
       .copy_to_host = copy,
