@@ -291,6 +291,19 @@ def test_half_of_the_cores_may_be_busy():
     assert "4.1 on 8 cores" in provenance.busy(4.1, 8)
 
 
+@pytest.mark.parametrize(
+    ("visible", "index", "asked"), [(None, 1, "1"), ("", 0, "0"), ("3,5", 1, "5"), ("GPU-8a, GPU-b1", 1, "GPU-b1")]
+)
+def test_the_gpu_that_a_program_sees_is_asked_of(visible, index, asked, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    commands = []
+    monkeypatch.setattr(provenance, "output_of", lambda *command: commands.append(command) or "")
+    provenance.gpu_state(index)
+    assert commands[0][1] == f"--id={asked}"
+
+
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,11 @@ def processor() -> dict[str, Any]:
 
 
 def _ask_gpu(index: int, words: dict[str, str]) -> dict[str, str]:
-    query = ("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(words.values())}", "--format=csv,noheader")
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    name = (
+        shown[index].strip() if index < len(shown) and shown[index] else str(index)
+    )  # nvidia-smi counts all there are
+    query = ("nvidia-smi", f"--id={name}", f"--query-gpu={','.join(words.values())}", "--format=csv,noheader")
     values = output_of(*query).split(", ")
     return dict(zip(words, values, strict=True)) if len(values) == len(words) else {}
 
