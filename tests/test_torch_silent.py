@@ -124,7 +124,7 @@ def test_a_cotangent_that_carries_a_tangent_is_an_error(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["attention", "with_lse"])
+@pytest.mark.parametrize("name", ["attention", "with_lse", "merge_states"])
 def test_a_compiled_call_is_differentiated_once(name, backend):
     q, k, v = q_k_v()
     compiled = torch.compile(lambda q: CALLS[name](q * q, k, v) * q, backend=backend, fullgraph=True)
@@ -134,9 +134,10 @@ def test_a_compiled_call_is_differentiated_once(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_gradient_that_nobody_differentiates_has_no_history(backend):
+@pytest.mark.parametrize("name", ["attention", "merge_states"])
+def test_a_compiled_gradient_that_nobody_differentiates_has_no_history(name, backend):
     q, k, v = q_k_v()
-    compiled = torch.compile(lambda q: fct.attention(q, k, v), backend=backend, fullgraph=True)
+    compiled = torch.compile(lambda q: CALLS[name](q, k, v), backend=backend, fullgraph=True)
     compiled(q.requires_grad_()).sum().backward()
     assert q.grad.grad_fn is None and not q.grad.requires_grad
 

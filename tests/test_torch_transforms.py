@@ -193,6 +193,7 @@ def test_opcheck_of_every_operator():
     for wanted in ([True] * 5, [True, False, True, False, False]):
         torch.library.opcheck(ops.attention_backward, (out, lse, out, lse, *tensors, wanted, *words))
     torch.library.opcheck(ops.merge_states, (out, lse, out, lse, "bhsd"))
+    torch.library.opcheck(ops.merge_weight, (lse, lse + 1))
     q, k, v, k_cache, v_cache, lengths = decode_arguments()
     words = ops.words("bhsd", "bottom_right", None, None, 0.0, 0.0, 0, False, None)
     torch.library.opcheck(ops.attention_append, (k_cache, v_cache, q, lengths, None, k, v, *[None] * 9, False, *words))

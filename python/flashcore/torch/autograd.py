@@ -216,10 +216,11 @@ class MergeStates(torch.autograd.Function):
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
         if dout is None and dlse is None:
             return (None,) * 5
-        differentiate: Any = _merge_gradients
-        if torch.is_grad_enabled() and not is_compiling():
-            differentiate = _MergeGradients.apply
-        return (*differentiate(dout, dlse, *ctx.saved_tensors, ctx.layout), None)
+        arguments = dout, dlse, *ctx.saved_tensors, ctx.layout
+        if is_compiling():  # in pieces, which the compiler fuses; torch.func inside it knows no such record
+            with torch.set_grad_enabled(not torch._C._are_functorch_transforms_active()):
+                return (*_merge_gradients(*arguments, weigh=ops.merge_weight), None)
+        return (*(_MergeGradients.apply if torch.is_grad_enabled() else _merge_gradients)(*arguments), None)
 
 
 def _merge_gradients(
@@ -232,12 +233,14 @@ def _merge_gradients(
     out: Tensor,
     lse: Tensor,
     layout: str,
+    weigh: Any = ops.weigh,
 ) -> tuple[Tensor, ...]:
+    """`weigh` as the operator, of which all four are made, sees to it that they have no gradient."""
     grads: list[Tensor] = []
     above = torch.zeros_like(lse) if dlse is None else dlse
     dout = torch.zeros_like(out) if dout is None else dout
     for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
-        weight = torch.where(lse_x == -torch.inf, 0.0, torch.exp(lse_x - lse))  # -inf of both: no key was seen
+        weight = weigh(lse_x, lse)
         along = (dout.to(lse.dtype) * (out_x.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
         grads.append((_as_rows(weight, layout).unsqueeze(-1) * dout.to(lse.dtype)).to(out_x.dtype))
         grads.append(weight * (above + _as_rows(along, layout)))
@@ -270,6 +273,14 @@ class _Once(_Final):
         return ops.attention_backward(*arguments)
 
 
+class _WeighOnce(_MergeGradients):
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return ops.merge_weight(*arguments)
+
+
 def _with_gradient(name: str, function: Any, *more: Any) -> Any:
     """The operator, recorded as `function` of its arguments and `more` where a gradient is recorded."""
     operator, implementation, record = getattr(ops, name), ops.IMPLEMENTATIONS[name], _without_func(function)
@@ -290,5 +301,6 @@ for _operator, _function in (
     ("attention_forward", (Attention, True)),
     ("attention_backward", (_Once,)),
     ("merge_states", (MergeStates,)),
+    ("merge_weight", (_WeighOnce,)),
 ):
     ops.library.impl(_operator, _with_gradient(_operator, *_function), "Autograd")
