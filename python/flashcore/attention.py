@@ -52,6 +52,9 @@ def attention(
     Arrays are NumPy, torch, CuPy or JAX arrays, or anything with ``__dlpack__``, all from one framework and on one
     device. Strides are read, nothing is copied; only the last dimension has to be contiguous.
 
+    Nothing of torch looks on: gradients and torch.func are for `flashcore.torch.attention`, and so is torch.jit.trace,
+    which would record the empty result without the call that fills it.
+
     Args:
       q: (batch, heads_q, seqlen_q, head_dim), float16, bfloat16, float32, float64 or float8_e4m3fn (GPUs that have
         it); head_dim 1 to 256. Alone, without k and v: the packed (batch, 3, heads, seqlen, head_dim), for "bshd"
