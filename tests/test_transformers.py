@@ -337,6 +337,22 @@ def test_models_with_an_attention_of_their_own_are_refused(name):
         kind(config)
 
 
+@pytest.mark.parametrize("family", ["DeepseekOcr2", "UnlimitedOcr"])
+def test_a_part_with_an_attention_of_its_own_is_refused_and_the_rest_is_not(family):
+    """Their SAM chooses between classes of its own, though they say that they go by the interface."""
+    kind = getattr(hf, f"{family}VisionModel", None) or pytest.skip(f"this transformers has no {family}")
+    fct.register()
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = kind.config_class(sam_config=small, encoder_config={**small, "intermediate_size": 64})
+    config._attn_implementation = "flashcore"
+    with torch.device("meta"), pytest.raises(ValueError, match=rf"{family}SamVisionEncoder is not written for .*eager"):
+        kind(config)
+    config.sam_config._attn_implementation = "eager"
+    with torch.device("meta"):
+        kind(config)
+    assert config.encoder_config._attn_implementation == "flashcore"
+
+
 def test_attention_weights_are_refused():
     x = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ValueError, match=r"output_attentions=True given.*eager"):

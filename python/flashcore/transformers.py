@@ -15,6 +15,8 @@ from __future__ import annotations
 import sys
 from functools import wraps
 from inspect import signature
+from itertools import chain
+from os.path import commonprefix
 from typing import Any, Optional
 
 try:
@@ -302,18 +304,24 @@ def _goes_by_the_interface(model: type) -> bool:
     """Whether the attention layers of this model look the function up under the name that is asked for.
 
     Many models that do say no more than that they support sdpa. Of those, some choose among classes of their own, or
-    call torch's function themselves.
+    call torch's function themselves. And a model that says more may have a part that chooses (DeepSeek-OCR-2's SAM).
     """
-    if getattr(model, "_supports_attention_backend", False):
-        return True
     bases = (kind for kind in model.__mro__ if kind is not modeling_utils.PreTrainedModel)
     families = {kind.__module__ for kind in bases if issubclass(kind, modeling_utils.PreTrainedModel)}
+    if getattr(model, "_supports_attention_backend", False):
+        return not any(map(model.__name__.startswith, chain.from_iterable(map(_own_choices, families))))
     return getattr(model, "_supports_sdpa", False) and all(map(_looks_it_up, families))
+
+
+def _own_choices(module: str) -> list[str]:
+    """For each choice between attention classes of a module's own, what their names begin with: that of the model."""
+    words = vars(sys.modules[module]) if module in sys.modules else {}
+    choices = [word.values() for word in words.values() if type(word) is dict and {"eager", "sdpa"} <= word.keys()]
+    return [commonprefix([getattr(kind, "__name__", "") for kind in kinds]) for kinds in choices]
 
 
 def _looks_it_up(module: str) -> bool:
     words = vars(sys.modules[module]) if module in sys.modules else {}
-    chooses_itself = any(type(word) is dict and {"eager", "sdpa"} <= word.keys() for word in words.values())
     has_layers = any(
         isinstance(word, type)
         and issubclass(word, torch.nn.Module)
@@ -321,7 +329,7 @@ def _looks_it_up(module: str) -> bool:
         and word.__module__ == module  # a model that is put together from others leaves it to them
         for name, word in words.items()
     )
-    return not chooses_itself and ("ALL_ATTENTION_FUNCTIONS" in words or not has_layers)
+    return not _own_choices(module) and ("ALL_ATTENTION_FUNCTIONS" in words or not has_layers)
 
 
 def _refusing_strangers(original: Any) -> Any:
