@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pictures
+from forward_table import table
 from readme_cpu import cpu_section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,25 +22,11 @@ RESULT = RESULTS / "forward_h200.json"
 BEGIN, END = "<!-- speed: written by scripts/update_readme.py -->\n", "<!-- end of speed -->"
 
 
-def cell(result: dict | None, best: bool) -> str:
-    if result is None:
-        return "–"
-    text = f"{result['us']:.1f} µs" if result["us"] < 20 else f"{result['tflops']:.0f}"
-    return f"**{text}**" if best else text
-
-
 def gpu_section() -> str:
     data = json.loads(RESULT.read_text())
     machine = data["machine"]
     rotates = data.get("settings", {}).get("caches") == "rotate"
     inputs = ", on inputs that rotate through more than the L2 cache" if rotates else ""
-    names = list(dict.fromkeys(name for case in data["cases"] for name in case["results"]))
-    rows = []
-    for case in data["cases"]:
-        results = case["results"]
-        fastest = min(r["us"] for r in results.values())
-        cells = [cell(results.get(n), n in results and results[n]["us"] == fastest) for n in names]
-        rows.append(f"| `{case['line']}` | {' | '.join(cells)} | {case['ratio_to_best_peer']:.2f} |")
     return "\n".join(
         [
             f"Forward on one {machine['gpu']} (driver {machine['driver']}, CUDA {machine['cuda']}, torch "
@@ -49,9 +36,7 @@ def gpu_section() -> str:
             "",
             f"![Forward speed by sequence length]({pictures.SPEEDS.path.relative_to(ROOT)})",
             "",
-            f"| case | {' | '.join(names)} | ratio |",
-            "|---|" + "---:|" * (len(names) + 1),
-            *rows,
+            *table(data["cases"]),
             "",
             f"From [`{RESULT.relative_to(ROOT)}`]({RESULT.relative_to(ROOT)}), made by `python bench/compare.py`. "
             "On a GPU without a fast kernel yet, and for what none knows, the reference kernels run: right, and slow.",
