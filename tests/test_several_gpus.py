@@ -1,6 +1,8 @@
 """Several GPUs: a call runs where its arrays are, on that device's stream, whichever device is the current one."""
 
 import ctypes
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import flashcore as fc
@@ -304,6 +306,32 @@ def test_a_cuda_graph(torch, rng):
     torch.cuda.synchronize(SECOND)
     check_forward(new, out, lse, xp, "bhsd")
     check_gradients(new, dict(zip(("dq", "dk", "dv"), map(xp.numpy, grads), strict=True)), dout)
+
+
+def test_work_on_the_second_takes_no_memory_of_the_first(torch):
+    """To select a device, as to go back to it, makes a context there, with hundreds of MiB."""
+    program = f"""
+import ctypes, threading, flashcore as fc, torch
+def has_context(index):
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    assert ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxGetState(index, ctypes.byref(flags), ctypes.byref(active)) == 0
+    return bool(active.value)
+q, k, v = (torch.ones(1, 2, 2048, 128, device="cuda:{SECOND}", dtype=torch.float16) for _ in range(3))
+before = has_context({FIRST})
+def call():
+    fc.attention(q, k, v, causal=True, out=torch.empty_like(q))
+    fc.reduce(q, "sum")
+call()
+thread = threading.Thread(target=call)
+thread.start()
+thread.join()
+torch.cuda.synchronize({SECOND})
+print(before, has_context({SECOND}), has_context({FIRST}))
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    if told[0] == "True":
+        pytest.skip("this torch makes a context on the first device by itself")
+    assert told == ["False", "True", "False"]
 
 
 # ---- flashcore.torch -------------------------------------------------------------------------------------------------

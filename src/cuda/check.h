@@ -20,24 +20,26 @@ inline void check(cudaError_t status, const char* doing) {
   throw CudaError(static_cast<int>(status), what);
 }
 
-/// Makes a device current for the length of a scope.
+/// Makes a device current for the length of a scope. Leaves the thread as it was, also if it had no device yet: to
+/// select that one again with cudaSetDevice would make a context there, with hundreds of MiB of its memory.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int index) {
-    check(cudaGetDevice(&previous_), "reading the current device");
-    if (previous_ == index) return;
-    check(cudaSetDevice(index), "selecting a device");
-    changed_ = true;
+    int current = 0;
+    check(cudaGetDevice(&current), "reading the current device");
+    if (current != index) enter(index);
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
+    if (entered_) leave();
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
-  bool changed_ = false;
+  void enter(int index);
+  void leave() noexcept;
+
+  bool entered_ = false;
 };
 
 }  // namespace flashcore::cuda

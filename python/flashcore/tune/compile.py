@@ -25,7 +25,7 @@ from .space import Tile
 FOLDER = Path("src/kernels")
 ENTRY = FOLDER / "sm90/fwd_tune.cu"
 SHAPES = FOLDER / "ptx/wgmma_shapes.cuh"
-OTHERS = (FOLDER / "common/tensor_map.cpp",)
+OTHERS = (FOLDER / "common/tensor_map.cpp", FOLDER.parent / "cuda/driver.cpp")
 #: what the entry is made of
 SOURCES = ("include", "src/cuda", "src/kernels/common", "src/kernels/ptx", "src/kernels/sm90", "src/kernels/tile")
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"

@@ -1,31 +1,16 @@
-// Tensor maps, encoded by the driver. The driver is reached through the runtime, never linked.
+// Tensor maps, encoded by the driver.
 #include "tensor_map.h"
-
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <type_traits>
 
-#include "../../cuda/check.h"
+#include "../../cuda/driver.h"
+#include "flashcore/error.h"
 
 namespace flashcore::detail {
 namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
-  static const Encode function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    cuda::check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-                "looking up cuTensorMapEncodeTiled");
-    if (!entry) throw CudaError(cudaErrorNotSupported, "the CUDA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(entry);
-  }();
-  return function;
-}
 
 constexpr int kRank = 4;
 
@@ -44,9 +29,11 @@ CUtensorMap encode(const Words& words) {
   const cuuint32_t box[kRank] = {kPanelColumns, words.box_rows, 1, 1};
   const cuuint32_t steps[kRank] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status = encoder()(&map, words.type, kRank, words.data, words.sizes, words.strides, box, steps,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  static const auto encode_tiled =
+      cuda::driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
+  const CUresult status = encode_tiled(&map, words.type, kRank, words.data, words.sizes, words.strides, box, steps,
+                                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     throw CudaError(static_cast<int>(status),
                     "cuTensorMapEncodeTiled refused a tensor (code " + std::to_string(static_cast<int>(status)) + ")");
