@@ -245,6 +245,7 @@ def test_gradcheck_of_merge_states(layout, place):
     }[layout]
     states = [leaf(*size, place=place, seed=s) for s in range(2) for size in (shape, rows)]
     assert torch.autograd.gradcheck(lambda *x: fct.merge_states(*x, layout=layout), states, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *x: fct.merge_states(*x, layout=layout), states, fast_mode=True)
 
 
 def test_merged_halves_have_the_gradient_of_the_whole(place):

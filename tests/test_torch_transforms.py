@@ -193,7 +193,6 @@ def test_opcheck_of_every_operator():
     for wanted in ([True] * 5, [True, False, True, False, False]):
         torch.library.opcheck(ops.attention_backward, (out, lse, out, lse, *tensors, wanted, *words))
     torch.library.opcheck(ops.merge_states, (out, lse, out, lse, "bhsd"))
-    torch.library.opcheck(ops.merge_weight, (lse, lse + 1))
     q, k, v, k_cache, v_cache, lengths = decode_arguments()
     words = ops.words("bhsd", "bottom_right", None, None, 0.0, 0.0, 0, False, None)
     torch.library.opcheck(ops.attention_append, (k_cache, v_cache, q, lengths, None, k, v, *[None] * 9, False, *words))
@@ -367,6 +366,54 @@ def test_vmap_of_decode_writes_every_cache():
         vmap(lambda x: step(x, k_cache, v_cache)[0])(qs)
 
 
+# ---- torch.func inside torch.compile ---------------------------------------------------------------------------------
+
+
+def alone(a, la, b, lb):
+    return (fct.merge_states(a, la, b, lb)[0] * lb[..., None]).square().sum()
+
+
+def of_halves(q, k, v):
+    return fct.attention(q, k, v, causal="top_left").square().sum()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["grad", "vmap_grad"])
+@pytest.mark.parametrize("merging", [False, True], ids=["attention", "merge_states"])
+def test_transforms_may_be_compiled(merging, mapped, backend):
+    tensors = [normal(3, *x.shape, seed=i) for i, x in enumerate(states() if merging else arguments("cpu")[:3])]
+    tensors = tensors if mapped else [x[0] for x in tensors]
+    gradient = grad(alone if merging else of_halves, argnums=(0, 1, 2))
+    gradient = vmap(gradient) if mapped else gradient
+    assert_same(compiled(gradient, backend=backend)(*tensors), gradient(*tensors))
+
+
+def merged_by_hand(a, la, b, lb):
+    whole = torch.logaddexp(la, lb)
+    out = torch.exp(la - whole)[..., None] * a + torch.exp(lb - whole)[..., None] * b
+    return (out * lb[..., None]).square().sum()
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_merge_states_is_differentiated_twice_by_transforms(backend):
+    def twice(loss, *states):
+        return grad(lambda *x: sum(g.square().sum() for g in grad(loss, argnums=(0, 1, 2, 3))(*x)), (0, 1, 2, 3))(
+            *states
+        )
+
+    ours = lambda *x: twice(alone, *x)  # noqa: E731
+    ours = ours if backend is None else compiled(ours, backend=backend)
+    assert_same(ours(*states()), twice(merged_by_hand, *states()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_attention_is_differentiated_once_by_compiled_transforms(backend):
+    q, k, v = arguments("cpu")[:3]
+    twice = grad(lambda q: grad(of_halves)(q, k, v).square().sum())
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        compiled(twice, backend=backend)(q)
+
+
 # ---- what has no derivative ------------------------------------------------------------------------------------------
 
 
@@ -403,9 +450,6 @@ def test_differentiating_twice_is_a_clear_error(linear):
     (first,) = torch.autograd.grad(loss(q), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         first.sum().backward()
-    a, la, b, lb = states()
-    with pytest.raises(RuntimeError, match="once"):
-        grad(lambda a: grad(lambda a: fct.merge_states(a, la, b, lb)[0].sum())(a).sum())(a)
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["read", "append"])

@@ -7,11 +7,13 @@ in plain Python: without operators in between, a call costs a quarter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from inspect import Parameter, Signature
 from typing import Any, NoReturn, Optional
 
 import torch
 from torch import Tensor
+from torch._functorch import autograd_function
 
 from ..interop import LazyNegation
 from ..options import convert
@@ -19,7 +21,6 @@ from . import ops
 from .ops import DIFFERENTIABLE, OPERATORS, TENSORS, choose_road, is_compiling, refuse_learnable
 
 _COUNT = len(TENSORS)
-_TWICE = "flashcore.torch.{} can be differentiated once; its gradients have no gradient"
 
 
 def _wanted(needs: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -57,7 +58,7 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *above: Any) -> NoReturn:
-        raise RuntimeError(_TWICE.format("attention"))
+        raise RuntimeError("flashcore.torch.attention can be differentiated once; its gradients have no gradient")
 
 
 class _Gradients(_Final):
@@ -198,7 +199,10 @@ class _EagerGradients(_Final):
 
 
 class MergeStates(torch.autograd.Function):
-    """With w_x = exp(lse_x - lse): out = w_a out_a + w_b out_b, lse = log(exp lse_a + exp lse_b)."""
+    """With w_x = exp(lse_x - lse): out = w_a out_a + w_b out_b, lse = log(exp lse_a + exp lse_b).
+
+    Its gradients are made of torch's own operations, and of out and lse: they can be differentiated again.
+    """
 
     generate_vmap_rule = True
 
@@ -216,11 +220,7 @@ class MergeStates(torch.autograd.Function):
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
         if dout is None and dlse is None:
             return (None,) * 5
-        arguments = dout, dlse, *ctx.saved_tensors, ctx.layout
-        if is_compiling():  # in pieces, which the compiler fuses; torch.func inside it knows no such record
-            with torch.set_grad_enabled(not torch._C._are_functorch_transforms_active()):
-                return (*_merge_gradients(*arguments, weigh=ops.merge_weight), None)
-        return (*(_MergeGradients.apply if torch.is_grad_enabled() else _merge_gradients)(*arguments), None)
+        return (*_merge_gradients(dout, dlse, *ctx.saved_tensors, ctx.layout), None)
 
 
 def _merge_gradients(
@@ -233,14 +233,13 @@ def _merge_gradients(
     out: Tensor,
     lse: Tensor,
     layout: str,
-    weigh: Any = ops.weigh,
 ) -> tuple[Tensor, ...]:
-    """`weigh` as the operator, of which all four are made, sees to it that they have no gradient."""
     grads: list[Tensor] = []
     above = torch.zeros_like(lse) if dlse is None else dlse
     dout = torch.zeros_like(out) if dout is None else dout
     for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
-        weight = weigh(lse_x, lse)
+        # -inf of both, where no key was seen: set before exp, whose own gradient would be NaN
+        weight = torch.exp(torch.where(lse_x == -torch.inf, -torch.inf, lse_x - lse))
         along = (dout.to(lse.dtype) * (out_x.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
         grads.append((_as_rows(weight, layout).unsqueeze(-1) * dout.to(lse.dtype)).to(out_x.dtype))
         grads.append(weight * (above + _as_rows(along, layout)))
@@ -250,16 +249,6 @@ def _merge_gradients(
 def _as_rows(numbers: Tensor, layout: str) -> Tensor:
     """A number per query row, between lse's order of dimensions and out's; its own inverse."""
     return numbers if layout == "bhsd" else numbers.transpose(-1, -2)
-
-
-class _MergeGradients(_Final):
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _merge_gradients(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *above: Any) -> NoReturn:
-        raise RuntimeError(_TWICE.format("merge_states"))
 
 
 # ---- the operators where autograd looks on: those of exported programs, and of graphs that run uncompiled ------------
@@ -273,17 +262,25 @@ class _Once(_Final):
         return ops.attention_backward(*arguments)
 
 
-class _WeighOnce(_MergeGradients):
-    setup_context = torch.autograd.Function.setup_context
+_allowing_one_level = getattr(autograd_function, "enable_single_level_autograd_function", nullcontext)
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        return ops.merge_weight(*arguments)
+
+def _of_one_level(function: Any, operator: Any) -> Any:
+    """The Function on one level of torch.func, for the operator: levels below record, too, what it calls."""
+    count = len(operator._schema.arguments)
+
+    def forward(*arguments: Any) -> Any:
+        with torch.enable_grad():
+            return ops.below_autograd(operator, arguments[skipped : skipped + count])
+
+    skipped = int(function.setup_context is torch.autograd.Function.setup_context)  # none: forward is given the context
+    return type(function.__name__, (function,), {"forward": staticmethod(forward)})
 
 
 def _with_gradient(name: str, function: Any, *more: Any) -> Any:
     """The operator, recorded as `function` of its arguments and `more` where a gradient is recorded."""
-    operator, implementation, record = getattr(ops, name), ops.IMPLEMENTATIONS[name], _without_func(function)
+    operator, implementation = getattr(ops, name), ops.IMPLEMENTATIONS[name]
+    record, record_level = _without_func(function), _without_func(_of_one_level(function, operator))
 
     def call(*arguments: Any) -> Any:
         if ops.road_of(tuple([x for x in arguments if isinstance(x, Tensor)])) == ops.LIBRARY:
@@ -292,7 +289,12 @@ def _with_gradient(name: str, function: Any, *more: Any) -> Any:
             except LazyNegation:
                 pass  # but that torch resolves
         ops.refuse_tangents(arguments)
-        return record(*arguments, *more) if ops.records(arguments) else ops.below_autograd(operator, arguments)
+        if not ops.records(arguments):
+            return ops.below_autograd(operator, arguments)
+        if not torch._C._are_functorch_transforms_active():
+            return record(*arguments, *more)
+        with _allowing_one_level():
+            return record_level(*arguments, *more)
 
     return call
 
@@ -301,6 +303,5 @@ for _operator, _function in (
     ("attention_forward", (Attention, True)),
     ("attention_backward", (_Once,)),
     ("merge_states", (MergeStates,)),
-    ("merge_weight", (_WeighOnce,)),
 ):
     ops.library.impl(_operator, _with_gradient(_operator, *_function), "Autograd")

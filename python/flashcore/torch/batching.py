@@ -146,10 +146,6 @@ def _merge(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
     return (_unfold(out, size, batch), _unfold(lse, size, batch)), (0, 0)
 
 
-def _weigh(info: Any, axes: tuple[Any, ...], *both: Tensor) -> Any:
-    return ops.merge_weight(*(_lead(x, axis, info.batch_size) for x, axis in zip(both, axes, strict=True))), 0
-
-
 def _register(name: str, rule: Any) -> None:
     torch.library.register_vmap(f"flashcore::{name}", rule, lib=ops.library)
 
@@ -159,4 +155,3 @@ _register("attention_backward", _backward)
 _register("attention_decode", lambda info, axes, *x: _decode(ops.attention_decode, info, axes, x))
 _register("attention_append", lambda info, axes, *x: _decode(ops.attention_append, info, axes, x))
 _register("merge_states", _merge)
-_register("merge_weight", _weigh)

@@ -239,7 +239,7 @@ def merge_states(
     """`flashcore.merge_states` with gradients for all four tensors.
 
     Arguments, shapes, results and errors are those of `flashcore.merge_states`; out and lse only where no gradient is
-    recorded. Where neither state saw a key, the gradients are 0. Differentiating twice raises RuntimeError.
+    recorded. Where neither state saw a key, the gradients are 0. They have gradients themselves.
     """
     given = (out_a, lse_a, out_b, lse_b, out, lse)
     road = choose_road(given)

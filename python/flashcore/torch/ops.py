@@ -245,7 +245,6 @@ for schema in (
     f"attention_append(Tensor(a!) k_cache, Tensor(b!) v_cache, {_DECODE}, bool interleaved, {_WORDS}) "
     "-> (Tensor, Tensor)",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str layout) -> (Tensor, Tensor)",
-    "merge_weight(Tensor lse_part, Tensor lse) -> Tensor",
 ):
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -285,11 +284,6 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: s
     return merge((dense_rows(out_a), lse_a, dense_rows(out_b), lse_b), layout)
 
 
-def weigh(lse_part: Tensor, lse: Tensor) -> Tensor:
-    """How much a state counts in the merged one, for each query."""
-    return torch.where(lse_part == -torch.inf, 0.0, torch.exp(lse_part - lse))  # -inf of both: no key was seen
-
-
 #: by operator: what it does with plain tensors
 IMPLEMENTATIONS = {
     "attention_forward": _forward,
@@ -297,7 +291,6 @@ IMPLEMENTATIONS = {
     "attention_decode": _decode,
     "attention_append": _decode,
     "merge_states": _merge,
-    "merge_weight": weigh,
 }
 for key in ("CPU", "CUDA"):
     for name, implementation in IMPLEMENTATIONS.items():
@@ -346,11 +339,6 @@ def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str) -
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-@torch.library.register_fake("flashcore::merge_weight", lib=library)
-def _(lse_part: Tensor, lse: Tensor) -> Tensor:
-    return torch.empty_like(lse)
-
-
 # ---- what they do where autograd looks on ----------------------------------------------------------------------------
 
 
@@ -384,7 +372,6 @@ attention_backward = torch.ops.flashcore.attention_backward.default
 attention_decode = torch.ops.flashcore.attention_decode.default
 attention_append = torch.ops.flashcore.attention_append.default
 merge_states = torch.ops.flashcore.merge_states.default
-merge_weight = torch.ops.flashcore.merge_weight.default
 
 library.impl("attention_decode", _without_gradient(attention_decode), "Autograd")
 library.impl("attention_append", _without_gradient(attention_append), "Autograd")
