@@ -86,10 +86,8 @@ def processor() -> dict[str, Any]:
 
 
 def _ask_gpu(index: int, words: dict[str, str]) -> dict[str, str]:
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    name = (
-        shown[index].strip() if index < len(shown) and shown[index] else str(index)
-    )  # nvidia-smi counts all there are
+    visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    name = visible[index] if index < len(visible) and visible[index] else index  # nvidia-smi counts all there are
     query = ("nvidia-smi", f"--id={name}", f"--query-gpu={','.join(words.values())}", "--format=csv,noheader")
     values = output_of(*query).split(", ")
     return dict(zip(words, values, strict=True)) if len(values) == len(words) else {}
