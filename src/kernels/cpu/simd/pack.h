@@ -96,6 +96,7 @@ __attribute__((noinline)) void unpack_transposed(const float* tile, int vectors,
 template <class T>
 FLASHCORE_INLINE void widen_row(const T* source, std::int64_t count, float* target) {
   std::int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + kLanes <= count; i += kLanes) store(target + i, load_floats(source + i));
   if (i < count) store(target + i, load_floats(source + i, static_cast<int>(count - i)));
 }

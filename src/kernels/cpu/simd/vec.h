@@ -159,9 +159,24 @@ FLASHCORE_INLINE VecF exp2(VecF x) {
 
 // ---- storage types ------------------------------------------------------------------------------------------------
 
-FLASHCORE_INLINE VecF widen(VecH bits, detail::BFloat16) {
-  return reinterpret_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
+/// Integers of 16 bits to 32 and back, which are to have no more than 16. GCC goes by halves of the vectors here.
+FLASHCORE_INLINE VecU lengthen(VecH x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return reinterpret_cast<VecU>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#else
+  return __builtin_convertvector(x, VecU);
+#endif
 }
+FLASHCORE_INLINE VecH shorten(VecU x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i v = reinterpret_cast<__m256i>(x);
+  return reinterpret_cast<VecH>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+#else
+  return __builtin_convertvector(x, VecH);
+#endif
+}
+
+FLASHCORE_INLINE VecF widen(VecH bits, detail::BFloat16) { return reinterpret_cast<VecF>(lengthen(bits) << 16); }
 
 FLASHCORE_INLINE VecF widen(VecH bits, detail::Float16) {
 #if defined(__AVX512F__)
@@ -183,9 +198,8 @@ FLASHCORE_INLINE VecF widen(VecH bits, detail::Float16) {
 
 FLASHCORE_INLINE VecH narrow(VecF v, detail::BFloat16) {
   const VecU bits = reinterpret_cast<VecU>(v);
-  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VecU result = v == v ? rounded : (bits >> 16) | 0x40u;
-  return __builtin_convertvector(result, VecH);
+  const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return shorten((v == v ? rounded : bits | 0x400000u) >> 16);
 }
 
 FLASHCORE_INLINE VecH narrow(VecF v, detail::Float16) {
