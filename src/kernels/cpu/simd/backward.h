@@ -120,15 +120,23 @@ class Backward {
   void add_queries(const Pass& pass) {
     head_ = pass.head;
     first_ = tile_of(pass.begin).first_query;
-    for (std::int64_t n = pass.begin; n < pass.end; ++n)
-      pack_query_columns<T>(p_, s_, head_, tile_of(n), grads_.rules().query_scale(), columns_of(tile_of(n)));
     const ScoreTile last = tile_of(pass.end - 1);
     const std::int64_t queries = pass.end > pass.begin ? last.first_query + last.queries - first_ : 0;
     widen_queries<T>(p_.q, p_.size.head_dim, queries, q_rows_);
     widen_queries<T>(p_.grad.dout, p_.size.head_dim_v, queries, dout_rows_);
+    const auto pack = [&](const ScoreTile& block) {
+      pack_query_columns<T>(p_, s_, head_, block, grads_.rules().query_scale(), columns_of(block));
+    };
+    if (task_.key_begin == task_.key_end)
+      for (std::int64_t n = pass.begin; n < pass.end; ++n) pack(tile_of(n));
     sum_chunks(task_, queries_ * p_.size.head_dim, dq_columns_, dq_of_chunk_, [&](const KeySpan& span, float* dq) {
       if (pass.first) clear_sums(span);
-      for (std::int64_t n = pass.begin; n < pass.end; ++n) add_block(tile_of(n), span, dq);
+      for (std::int64_t n = pass.begin; n < pass.end; ++n) {
+        const ScoreTile block = tile_of(n);
+        // Note: not before its first keys, so that the next block's rows come into the cache while this one computes.
+        if (span.first == task_.key_begin) pack(block);
+        add_block(block, span, dq);
+      }
       if (pass.last) store_sums<T>(span);
     });
     for (std::int64_t n = pass.begin; n < pass.end; ++n) {

@@ -40,6 +40,16 @@ struct Rows {
   int columns;
 };
 
+/// Brings rows into the cache that are needed soon: processors do not foresee the next where rows are read or written
+/// side by side. There need not be any; behind a tile with fewer than kTileVectors vectors there are none.
+template <class T>
+FLASHCORE_INLINE void prefetch_rows(const Rows<T>& rows) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < rows.rows; ++i)
+    for (int column = 0; column < rows.columns; column += kLine)
+      __builtin_prefetch(rows.data + i * rows.stride + column);
+}
+
 /// tile[column][row] = factor · source[row][column], for `vectors` vectors of a tile whose rows are `width` floats
 /// apart. Lanes without a row are 0.
 template <class T>
@@ -47,6 +57,8 @@ __attribute__((noinline)) void pack_transposed(const Rows<T>& source, float fact
                                                float* tile) {
   for (int n = 0; n < vectors; ++n) {
     const int rows = min_of(kLanes, source.rows - n * kLanes);
+    const T* behind = source.data + (source.rows + n * kLanes) * source.stride;  // of the next tile
+    if (vectors == kTileVectors) prefetch_rows(Rows<T>{behind, source.stride, rows, source.columns});
     for (int column = 0; column < source.columns; column += kLanes) {
       const int columns = min_of(kLanes, source.columns - column);
       const T* from = source.data + n * kLanes * source.stride + column;
@@ -75,7 +87,9 @@ template <class T>
 __attribute__((noinline)) void unpack_transposed(const float* tile, int vectors, const VecF* factor, T* target,
                                                  std::int64_t stride, int rows, int columns) {
   const int width = vectors * kLanes;
-  for (int n = 0; n < vectors; ++n)
+  for (int n = 0; n < vectors; ++n) {
+    const T* behind = target + (n + 1) * kLanes * stride;
+    if (vectors == kTileVectors) prefetch_rows(Rows<T>{behind, stride, kLanes, columns});
     for (int column = 0; column < columns; column += kLanes) {
       const int count = min_of(kLanes, columns - column);
       const float* from = tile + static_cast<std::int64_t>(column) * width + n * kLanes;
@@ -90,6 +104,7 @@ __attribute__((noinline)) void unpack_transposed(const float* tile, int vectors,
       for (int i = 0; i < kLanes && n * kLanes + i < rows; ++i)
         store_floats(target + (n * kLanes + i) * stride + column, x[i], count);
     }
+  }
 }
 
 /// A row as floats. `target` has room for whole vectors: what lies behind `count` there becomes 0.

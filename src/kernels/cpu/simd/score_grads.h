@@ -27,6 +27,7 @@ RowFacts row_facts(const detail::Params& p, const detail::Sequence& s, std::int6
   const int dim = p.size.head_dim_v;
   VecF product{};
   for (int d = 0; d < dim; d += kLanes) product += load_floats(dout + d, dim - d) * load_floats(out + d, dim - d);
+  prefetch_rows(Rows<T>{out + kBlockQueries * p.out.seq, p.out.seq, 1, dim});
   float delta = sum_of_lanes(product);
   const detail::RowParams& dlse = p.grad.dlse;
   if (dlse.data) delta -= static_cast<const float*>(dlse.data)[detail::row_offset(dlse, s, head, i)];
@@ -66,9 +67,11 @@ struct KeySpan {
 template <class T>
 void store_key_rows(const detail::Params& p, const BackwardTask& task, const KeySpan& span,
                     const detail::TensorParams& target, const float* rows, std::int64_t width, int dim, float factor) {
+  constexpr int kRowsAhead = 8;
   if (!target.data) return;
   for (int j = 0; j < span.count; ++j, rows += width) {
     T* to = static_cast<T*>(target.data) + detail::k_offset(p, target, task.sequence, task.head_k, span.first + j);
+    prefetch_rows(Rows<T>{to + kRowsAhead * target.seq, target.seq, 1, dim});
     for (int d = 0; d < dim; d += kLanes) store_floats(to + d, load(rows + d) * factor, dim - d);
   }
 }
