@@ -49,9 +49,7 @@ FLASHCORE_INLINE void load_pair(const detail::BFloat16* p, VecF& even, VecF& odd
   odd = reinterpret_cast<VecF>(words & 0xffff0000u);
 }
 FLASHCORE_INLINE void store_pair(detail::BFloat16* p, VecF even, VecF odd) {
-  const VecU low = lengthen(narrow(even, detail::BFloat16{}));
-  const VecU high = lengthen(narrow(odd, detail::BFloat16{}));
-  *reinterpret_cast<UnalignedPairs*>(p) = low | (high << 16);
+  *reinterpret_cast<UnalignedPairs*>(p) = narrow_pair(even, odd);
 }
 template <class T>
 FLASHCORE_INLINE void load_pair(const T*, VecF&, VecF&) {}  // never called

@@ -82,6 +82,24 @@ __attribute__((noinline)) void pack_transposed(const Rows<T>& source, float fact
   }
 }
 
+/// unpack_transposed for the whole vectors of two bfloat16 a lane that a row has, and how many columns these are.
+template <class T>
+FLASHCORE_INLINE int unpack_pairs(const float* from, int width, VecF factor, T* target, std::int64_t stride, int rows,
+                                  int columns) {
+  if constexpr (!std::is_same_v<T, detail::BFloat16>) return 0;
+  int column = 0;
+  for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
+    VecF x[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i, from += 2 * width)
+      x[i] = reinterpret_cast<VecF>(narrow_pair(load(from) * factor, load(from + width) * factor));
+    transpose(x);
+    for (int i = 0; i < kLanes && i < rows; ++i)
+      *reinterpret_cast<UnalignedPairs*>(target + i * stride + column) = reinterpret_cast<VecU>(x[i]);
+  }
+  return column;
+}
+
 /// target[row][column] = factor[lane of the row] · tile[column][row], rounded to storage.
 template <class T>
 __attribute__((noinline)) void unpack_transposed(const float* tile, int vectors, const VecF* factor, T* target,
@@ -90,7 +108,9 @@ __attribute__((noinline)) void unpack_transposed(const float* tile, int vectors,
   for (int n = 0; n < vectors; ++n) {
     const T* behind = target + (n + 1) * kLanes * stride;
     if (vectors == kTileVectors) prefetch_rows(Rows<T>{behind, stride, kLanes, columns});
-    for (int column = 0; column < columns; column += kLanes) {
+    int column = unpack_pairs<T>(tile + n * kLanes, width, factor[n], target + n * kLanes * stride, stride,
+                                 rows - n * kLanes, columns);
+    for (; column < columns; column += kLanes) {
       const int count = min_of(kLanes, columns - column);
       const float* from = tile + static_cast<std::int64_t>(column) * width + n * kLanes;
       VecF x[kLanes];

@@ -196,10 +196,16 @@ FLASHCORE_INLINE VecF widen(VecH bits, detail::Float16) {
 #endif
 }
 
-FLASHCORE_INLINE VecH narrow(VecF v, detail::BFloat16) {
+/// A bfloat16 in the upper half of each lane, and what was rounded away below.
+FLASHCORE_INLINE VecU round_to_bfloat16(VecF v) {
   const VecU bits = reinterpret_cast<VecU>(v);
   const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return shorten((v == v ? rounded : bits | 0x400000u) >> 16);
+  return v == v ? rounded : bits | 0x400000u;
+}
+FLASHCORE_INLINE VecH narrow(VecF v, detail::BFloat16) { return shorten(round_to_bfloat16(v) >> 16); }
+/// Two bfloat16 a lane, as they follow each other in memory.
+FLASHCORE_INLINE VecU narrow_pair(VecF even, VecF odd) {
+  return (round_to_bfloat16(even) >> 16) | (round_to_bfloat16(odd) & 0xffff0000u);
 }
 
 FLASHCORE_INLINE VecH narrow(VecF v, detail::Float16) {
