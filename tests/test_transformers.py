@@ -344,6 +344,8 @@ def test_a_part_with_an_attention_of_its_own_is_refused_and_the_rest_is_not(fami
     fct.register()
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = kind.config_class(sam_config=small, encoder_config={**small, "intermediate_size": 64})
+    if isinstance(config.sam_config, dict):
+        pytest.skip("this transformers makes no configurations of the parts")
     config._attn_implementation = "flashcore"
     with torch.device("meta"), pytest.raises(ValueError, match=rf"{family}SamVisionEncoder is not written for .*eager"):
         kind(config)

@@ -123,7 +123,7 @@ def make(case: Case, maker: Maker, results: bool = False) -> Arrays:
     rows: tuple[int, ...] = (case.batch, case.heads_q, case.seqlen_q)
     out_shape: tuple[int, ...] = (*rows, case.head_dim_v)
     if "varlen" in case.words:
-        tokens = sum(case.lengths("q"))
+        tokens = case.rows("q")
         rows, out_shape = (case.heads_q, tokens), (tokens, case.heads_q, case.head_dim_v)
     if results and case.phase == "bwd":
         arrays |= {f"d{name}": maker.empty(arrays[name].shape, dtype) for name in "qkv"}
@@ -147,7 +147,7 @@ def _inputs(case: Case, maker: Maker) -> Arrays:
         "v": (case.heads_k, case.head_dim_v),
     }
     for name, (heads, dim) in sizes.items():
-        packed = (sum(case.lengths("q" if name == "q" else "k")), heads, dim)
+        packed = (case.rows("q" if name == "q" else "k"), heads, dim)
         padded = (case.batch, heads, case.seqlen_q if name == "q" else case.seqlen_k, dim)
         shape = packed if "varlen" in case.words else padded
         arrays[name] = (maker.keys if name == "k" else maker.normal)(shape, dtype)

@@ -133,18 +133,29 @@ class Case:
         longest = self.seqlen_q if letter == "q" else self.seqlen_k
         if "varlen" not in self.words:
             return [longest] * self.batch
-        total = self._total(letter)
+        total = self.rows(letter)
         rest = max(self.batch - 1, 1)
         others = [(total - longest) // rest + (i < (total - longest) % rest) for i in range(self.batch - 1)]
         return [longest, *others][: self.batch]
 
-    def _total(self, letter: str) -> int:
-        return int(self.words["varlen"].split("/")[0 if letter == "q" else -1])
+    def rows(self, letter: str) -> int:
+        """Those of all sequences."""
+        if "varlen" in self.words:
+            return int(self.words["varlen"].split("/")[0 if letter == "q" else -1])
+        return self.batch * (self.seqlen_q if letter == "q" else self.seqlen_k)
+
+    def check_memory(self, most: int) -> None:
+        """Raises MemoryError where q, k, v and out alone are larger than that, and counting them would be, too."""
+        heads = {"q": self.heads_q, "k": self.heads_k}
+        numbers = sum(self.rows(x) * heads[x] * (self.head_dim + self.head_dim_v) for x in heads)
+        if (needed := ITEM_BYTES[self.dtype] * numbers) > most:
+            gib = (round(size / 2**30) for size in (needed, most))
+            raise MemoryError("out of memory: q, k, v and out take {} GiB, the device has {}".format(*gib))
 
     def check_lengths(self) -> None:
         """Raises ValueError for totals that sequences of the longest length and shorter ones do not have."""
         for letter, longest in (("q", self.seqlen_q), ("k", self.seqlen_k)) if "varlen" in self.words else ():
-            total, least, most = self._total(letter), min(self.batch, 1) * longest, self.batch * longest
+            total, least, most = self.rows(letter), min(self.batch, 1) * longest, self.batch * longest
             if not least <= total <= most:
                 raise ValueError(
                     f'"{self.line}": b{self.batch} {letter}{longest} are {least} to {most} rows together, not {total}'
@@ -182,7 +193,7 @@ class Case:
     @property
     def bytes(self) -> float:
         """The least that has to be moved: every input and output once, of keys and values those that are seen."""
-        item, rows_q = ITEM_BYTES[self.dtype], sum(self.lengths("q"))
+        item, rows_q = ITEM_BYTES[self.dtype], self.rows("q")
         keys = 0
         for seqlen_q, seqlen_k in zip(self.lengths("q"), self.lengths("k"), strict=True):
             if seqlen_q:

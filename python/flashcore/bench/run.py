@@ -80,6 +80,7 @@ def measure(line: str, stage: Stage, peers: Sequence[Peer], settings: Settings) 
 
 def _measure_into(entry: Data, case: Case, stage: Stage, peers: Sequence[Peer], settings: Settings) -> None:
     try:
+        case.check_memory(stage.info.memory_bytes)
         entry |= {"flops": case.flops, "bytes": case.bytes}
         sets = [make(case, stage.maker, results=stage.torch is None) for _ in range(stage.copies(case.bytes))]
     except (MemoryError, ValueError) as error:

@@ -106,16 +106,19 @@ def _attend(
         mask, bias = (attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
     everything = dropout_p == 1  # is dropped: 0 with gradients of 0
     given = (dense_rows(x) for x in (query, key, value))
-    out: Tensor = attention(  # type: ignore[assignment]
-        *((x.transpose(1, 2) for x in given) if is_by_rows else given),
-        causal=causal,
-        scale=scale,
-        mask=mask,
-        bias=bias,
-        dropout_p=0.0 if everything else dropout_p,
-        layout="bshd" if is_by_rows else "bhsd",
-    )
-    out = out.transpose(1, 2) if is_by_rows else out
+    if query.shape[1] == 0:
+        out = query @ key.transpose(-2, -1) @ value
+    else:
+        out = attention(  # type: ignore[assignment]
+            *((x.transpose(1, 2) for x in given) if is_by_rows else given),
+            causal=causal,
+            scale=scale,
+            mask=mask,
+            bias=bias,
+            dropout_p=0.0 if everything else dropout_p,
+            layout="bshd" if is_by_rows else "bhsd",
+        )
+        out = out.transpose(1, 2) if is_by_rows else out
     out = out * 0 if everything else out
     if dimensions == (4, 4, 4):
         return out
@@ -298,7 +301,7 @@ def _takes(
         return False
     if scale is not None and not (isinstance(scale, (int, float, torch.SymFloat)) and -math.inf < scale < math.inf):
         return False
-    if query.is_cuda and not _is_fast(query, key, value, attn_mask, dropout_p):
+    if query.is_cuda and _heads(query) > 0 and not _is_fast(query, key, value, attn_mask, dropout_p):
         return False
     if attn_mask is None or isinstance(attn_mask, CausalBias):
         return attn_mask is None or not is_causal
@@ -313,6 +316,8 @@ def _heads(tensor: Tensor) -> int:
 
 
 def _are_shared(heads_q: int, heads_k: int, heads_v: int, enable_gqa: bool) -> bool:
+    if heads_q == heads_k == heads_v == 0:
+        return True  # by which some of torch's own would divide
     if 0 in (heads_q, heads_k, heads_v) or _head_flaw(heads_q, heads_k, heads_v, enable_gqa):
         return False
     return not enable_gqa or heads_q % max(heads_k, heads_v) == 0
