@@ -153,13 +153,6 @@ class Onlookers {
   nb::object is_meta_ = nb::steal(PyUnicode_InternFromString("is_meta"));
 };
 
-bool are_all_none(nb::handle values) {
-  if (!PyTuple_Check(values.ptr())) throw InvalidType("a tuple is needed");
-  for (Py_ssize_t i = 0; i < PyTuple_Size(values.ptr()); ++i)
-    if (PyTuple_GetItem(values.ptr(), i) != Py_None) return false;
-  return true;
-}
-
 }  // namespace
 
 void bind_onlookers(nb::module_& m) {
@@ -178,16 +171,13 @@ void bind_onlookers(nb::module_& m) {
       .def(
           "attend",
           [](const Onlookers& self, nb::handle q, nb::handle k, nb::handle v, nb::handle causal, nb::handle scale,
-             nb::handle layout, nb::handle others) {
-            if (!are_all_none(others)) return nb::object(nb::none());
-            return self.attend({q, k, v, causal, scale, layout}, Form::any);
-          },
+             nb::handle layout) { return self.attend({q, k, v, causal, scale, layout}, Form::any); },
           nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(), nb::arg("causal").none(),
-          nb::arg("scale").none(), nb::arg("layout").none(), nb::arg("others"),
-          nb::sig("def attend(self, q: object, k: object, v: object, causal: object, scale: object, layout: object, "
-                  "others: tuple[object, ...]) -> object"),
-          "out of a call of q, k and v that goes to the library itself, where `others` are all None; True where its "
-          "gradient is to be recorded; None for every other call, and for those that are refused.")
+          nb::arg("scale").none(), nb::arg("layout").none(),
+          nb::sig("def attend(self, q: object, k: object, v: object, causal: object, scale: object, layout: object) "
+                  "-> object"),
+          "out of a call that goes to the library itself; True where its gradient is to be recorded; None for every "
+          "other call, and for those that are refused.")
       .def(
           "attend_alike",
           [](const Onlookers& self, nb::handle q, nb::handle k, nb::handle v, nb::handle causal, nb::handle scale) {

@@ -143,19 +143,17 @@ class EagerAttention(torch.autograd.Function):
 class EagerPlainAttention(EagerAttention):
     """The same of q, k and v alone, the quickest to record: (words, q, k, v) -> out.
 
-    words is (layout, causal, scale, deterministic); it becomes options where gradients are asked for.
+    words is (layout, causal, scale); it becomes options where gradients are asked for.
     """
 
     @staticmethod
     def forward(ctx: Any, words: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:  # type: ignore[override]
-        layout, causal, scale, deterministic = words
+        layout, causal, scale = words
         if isinstance(scale, Tensor):
             refuse_learnable(scale)
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
         out, lse = ops.attend(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=True)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.words = layout, causal, scale, deterministic
+        ctx.words = layout, causal, scale, torch.are_deterministic_algorithms_enabled()
         return out
 
     @staticmethod

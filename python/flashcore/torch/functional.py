@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Optional, Union
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Optional, ParamSpec, TypeVar, Union, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .ops import (
     attend_plainly,
     choose_road,
     is_compiling,
+    is_dynamo_compiling,
     refuse_learnable,
     refuse_tangents,
 )
@@ -29,8 +31,39 @@ _CONSTANT = tuple(i for i in range(len(ops.TENSORS)) if i not in ops.DIFFERENTIA
 _CAST = tuple(ops.TENSORS.index(name) for name in ("q", "k", "v", "bias"))  # by autocast
 
 _Result = Union[Tensor, tuple[Tensor, Tensor]]
+_Words, _Returned = ParamSpec("_Words"), TypeVar("_Returned")
 
 
+def _shortcut(function: Callable[_Words, _Returned]) -> Callable[_Words, _Returned]:
+    """The same function; calls of three tensors with no more than causal, scale and layout are made without entering
+    it, where Python would set all of its words one by one."""
+
+    @wraps(function)
+    def attention(
+        q: Any,
+        k: Any = None,
+        v: Any = None,
+        *,
+        causal: Any = False,
+        scale: Any = None,
+        layout: Any = "bhsd",
+        **more: Any,
+    ) -> Any:
+        if not (more or is_dynamo_compiling()):
+            try:
+                result = attend_plainly(q, k, v, causal, scale, layout)
+                if result is True:
+                    return record_plain((layout, causal, scale), q, k, v)
+                if result is not None:
+                    return result
+            except TypeError:
+                pass  # the long road knows what to do, or what to say
+        return function(q, k, v, causal=causal, scale=scale, layout=layout, **more)  # type: ignore[call-arg,arg-type]
+
+    return cast(Callable[_Words, _Returned], attention)
+
+
+@_shortcut
 def attention(
     q: Tensor,
     k: Optional[Tensor] = None,
@@ -72,18 +105,6 @@ def attention(
     The gradients themselves have no gradient: differentiating twice raises RuntimeError. Forward-mode differentiation
     raises NotImplementedError.
     """
-    if not (is_compiling() or return_lse) and softcap == 0 and dropout_p == 0:
-        others = (
-            window, mask, bias, alibi_slopes, sinks, seed, q_descale, k_descale, v_descale, seqused_k, out, lse, kernel
-        )  # fmt: skip
-        try:
-            result = attend_plainly(q, k, v, causal, scale, layout, others)
-            if result is True:
-                return record_plain((layout, causal, scale, deterministic), q, k, v)  # type: ignore[no-any-return]
-            if result is not None:
-                return result  # type: ignore[return-value]
-        except TypeError:
-            pass  # the long road knows what to do, or what to say
     if k is None:
         q, k, v = _unpacked(q, v, layout)
     tensors = (q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale, None, None, seqused_k)

@@ -99,6 +99,7 @@ def words(
 OPERATORS, LIBRARY, AUTOGRAD = range(3)
 
 is_compiling = torch.compiler.is_compiling
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # asked in less time; other compilers show among onlookers
 _forward_ad = torch.autograd.forward_ad
 FRAMEWORK: Torch = known.get(Tensor) or classify(torch.empty(0))  # type: ignore[assignment]
 #: reads tensors without a warning about their gradients
@@ -110,7 +111,7 @@ _onlookers = _core.Onlookers(
     (Tensor, torch.nn.Parameter),
     [
         (getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1), 0),
-        (getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: 1), None),
+        (getattr(torch._C, "_are_functorch_transforms_active", lambda: True), False),
         (getattr(torch._C, "_is_tracing", lambda: True), False),  # by torch.jit.trace
     ],
     casts,

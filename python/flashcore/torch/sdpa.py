@@ -16,7 +16,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from ..device import device_count, device_info
 from ..options import Causal
 from .functional import _autocast_dtype, attention, is_compiling, record_plain
-from .ops import attend_alike, dense_rows
+from .ops import attend_alike, dense_rows, is_dynamo_compiling
 
 _NAME = "scaled_dot_product_attention"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,15 +53,15 @@ def scaled_dot_product_attention(
     Raises: RuntimeError where the call can never be valid, as torch's own; TypeError for what is no tensor. Compiled
     and transformed calls, dtypes under autocast and errors of differentiation are as in `flashcore.torch.attention`.
     """
-    if attn_mask is None and dropout_p == 0 and not is_compiling():
+    if attn_mask is None and dropout_p == 0 and not is_dynamo_compiling():
         causal: Causal = "top_left" if is_causal else False
         try:
             result = attend_alike(query, key, value, causal, scale)
             if result is True:
                 if query.is_contiguous() or not _lies_by_rows(query):
-                    return record_plain(("bhsd", causal, scale, None), query, key, value)  # type: ignore[no-any-return]
+                    return record_plain(("bhsd", causal, scale), query, key, value)  # type: ignore[no-any-return]
                 rows = (x.transpose(1, 2) for x in (query, key, value))
-                return record_plain(("bshd", causal, scale, None), *rows).transpose(1, 2)  # type: ignore[no-any-return]
+                return record_plain(("bshd", causal, scale), *rows).transpose(1, 2)  # type: ignore[no-any-return]
             if result is not None:
                 return result  # type: ignore[return-value]
         except (ValueError, TypeError, IndexError):
