@@ -90,7 +90,7 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # each kernel folder names its own
 endif()
 enable_language(CUDA)
-find_package(CUDAToolkit 12.4 REQUIRED)
+find_package(CUDAToolkit 12.5 REQUIRED)
 
 # Machine code for 8.0 also runs on 8.6 and 8.9; its PTX serves every newer chip.
 set(FLASHCORE_PORTABLE_ARCHS 75-real 80 90-real)

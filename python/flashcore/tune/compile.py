@@ -73,7 +73,7 @@ def find_nvcc() -> str:
     for guess in guesses:
         if guess and os.access(guess, os.X_OK):
             return guess
-    raise ValueError("no nvcc: searching for tiles compiles kernels. Put CUDA's nvcc (12.4 or newer) on the PATH")
+    raise ValueError("no nvcc: searching for tiles compiles kernels. Put CUDA's nvcc (12.5 or newer) on the PATH")
 
 
 def default_cache() -> Path:
