@@ -90,6 +90,7 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # each kernel folder names its own
 endif()
 enable_language(CUDA)
+set_target_properties(flashcore PROPERTIES CUDA_ARCHITECTURES OFF)  # asked for by makefiles, though it has none of it
 find_package(CUDAToolkit 12.5 REQUIRED)
 
 # Machine code for 8.0 also runs on 8.6 and 8.9; its PTX serves every newer chip.
@@ -139,7 +140,6 @@ function(flashcore_add_kernels folder)
   add_library(${target} OBJECT ${arg_SOURCES})
   set_target_properties(${target} PROPERTIES
     CUDA_ARCHITECTURES "${arg_ARCHS}"
-    CUDA_STANDARD 17
     CUDA_STANDARD_REQUIRED ON
     CUDA_EXTENSIONS OFF
     CUDA_VISIBILITY_PRESET hidden
