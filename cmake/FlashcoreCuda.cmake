@@ -86,11 +86,7 @@ endif()
 if(NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER "${_nvcc}" CACHE FILEPATH "CUDA compiler")
 endif()
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES OFF)  # each kernel folder names its own
-endif()
 enable_language(CUDA)
-set_target_properties(flashcore PROPERTIES CUDA_ARCHITECTURES OFF)  # asked for by makefiles, though it has none of it
 find_package(CUDAToolkit 12.5 REQUIRED)
 
 # Machine code for 8.0 also runs on 8.6 and 8.9; its PTX serves every newer chip.

@@ -138,6 +138,10 @@ bool is_tiny(const TensorView& q, const TensorView& k) {
 
 }  // namespace
 
+AttentionInputs read_qkv(Reader& reader, nb::handle q, nb::handle k, nb::handle v) {
+  return {.q = reader.read(q, "q"), .k = reader.read(k, "k"), .v = reader.read(v, "v")};
+}
+
 nb::object attend(Reader& reader, const AttentionInputs& in, nb::handle q, const Wanted& wanted,
                   const AttentionOptions& options) {
   const Results out = take_results(reader, wanted, q, in.q, in.v);

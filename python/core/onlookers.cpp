@@ -61,6 +61,7 @@ class Onlookers {
   Road road(nb::handle tensors) const {
     if (!PyTuple_Check(tensors.ptr()) || PyTuple_Size(tensors.ptr()) == 0) throw InvalidType("a tuple is needed");
     std::vector<nb::handle> given;
+    given.reserve(static_cast<std::size_t>(PyTuple_Size(tensors.ptr())));
     for (Py_ssize_t i = 0; i < PyTuple_Size(tensors.ptr()); ++i) {
       const nb::handle tensor = PyTuple_GetItem(tensors.ptr(), i);
       if (!tensor.is_none() || i == 0) given.push_back(tensor);
@@ -83,8 +84,7 @@ class Onlookers {
     if (road == Road::library && !read_scale(call.scale, options.scale)) return nb::none();
     try {
       Reader reader(bridge_, nb::none());
-      const AttentionInputs in{
-          .q = reader.read(call.q, "q"), .k = reader.read(call.k, "k"), .v = reader.read(call.v, "v")};
+      const AttentionInputs in = read_qkv(reader, call.q, call.k, call.v);
       if (form == Form::alike && !are_alike(in)) return nb::none();
       if (road == Road::autograd) return nb::bool_(true);
       const nb::object by_rows = form == Form::alike && lies_by_rows(in.q) ? empty_like(call.q) : nb::none();
@@ -181,7 +181,7 @@ void bind_onlookers(nb::module_& m) {
       .def(
           "attend_alike",
           [](const Onlookers& self, nb::handle q, nb::handle k, nb::handle v, nb::handle causal, nb::handle scale) {
-            static const nb::handle bhsd = nb::steal(PyUnicode_InternFromString("bhsd")).release();
+            static const nb::handle bhsd = interned("bhsd");
             return self.attend({q, k, v, causal, scale, bhsd}, Form::alike);
           },
           nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(), nb::arg("causal"), nb::arg("scale").none(),

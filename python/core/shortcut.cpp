@@ -91,9 +91,7 @@ nb::object call_directly(Shortcut& self, PyObject* const* args, Py_ssize_t posit
   Wanted wanted{.out = Py_None, .lse = Py_None};
   if (!bridge || !read_words(names, args + kArrays, options, wanted)) return {};
   Reader reader(*bridge, nb::none(), Grads::mentioned);
-  const AttentionInputs in{
-      .q = reader.read(args[0], "q"), .k = reader.read(args[1], "k"), .v = reader.read(args[2], "v")};
-  return attend(reader, in, args[0], wanted, options);
+  return attend(reader, read_qkv(reader, args[0], args[1], args[2]), args[0], wanted, options);
 }
 
 PyObject* call(PyObject* callable, PyObject* const* args, std::size_t nargsf, PyObject* names) {

@@ -101,7 +101,7 @@ OPERATORS, LIBRARY, AUTOGRAD = range(3)
 is_compiling = torch.compiler.is_compiling
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # asked in less time; other compilers show among onlookers
 _forward_ad = torch.autograd.forward_ad
-FRAMEWORK: Torch = known.get(Tensor) or classify(torch.empty(0))  # type: ignore[assignment]
+FRAMEWORK: Torch = classify(torch.empty(0))  # type: ignore[assignment]
 #: reads tensors without a warning about their gradients
 QUIET = FRAMEWORK.quiet
 # Private names of torch; where one is missing, every call takes the road of the operators.
