@@ -40,7 +40,7 @@ class EachIsa : public ::testing::TestWithParam<std::string> {
   }
 };
 
-// Tiles are 12, 24 or 48 queries wide and 128 keys long: these sizes leave every kind of rest.
+// Tiles are 12 to 48 queries wide and 128 or 256 keys long: these sizes leave every kind of rest.
 TEST_P(EachIsa, TakesSizesThatFillNoTile) {
   for (const char* line : {
            "fwd fp32 b1 q1 k129 h2 d64 lse",
@@ -50,6 +50,8 @@ TEST_P(EachIsa, TakesSizesThatFillNoTile) {
            "fwd fp16 b1 q100 k260 h3/1 d96/24 lse",
            "fwd fp32 b1 q193 k5 h1 d64 lse",
            "fwd bf16 b2 q112 k144 h4/2 d64 causal_br lse",
+           "fwd bf16 b1 q65 k530 h1 d64 lse",
+           "fwd fp16 b1 q33 k303 h1 d40 lse",
            "fwd fp32 b1 q400 k400 h1 d64 causal lse",
        })
     check(line);
@@ -206,6 +208,14 @@ INSTANTIATE_TEST_SUITE_P(CpuSimd, EachIsa, ::testing::ValuesIn(instruction_sets(
                          [](const auto& info) { return info.param; });
 
 TEST(CpuSimd, ChoosesTheBestInstructionSetThatIsThere) { EXPECT_EQ(cpu::chosen_isa().name, instruction_sets().back()); }
+
+TEST(CpuSimd, LeavesPartsOutUnlessTheyAreNamed) {
+  EXPECT_FALSE(cpu::chosen_isa(false).in_parts);
+  for (const std::string& name : instruction_sets()) {
+    const Environment wanted("FLASHCORE_CPU_ISA", name.c_str());
+    EXPECT_EQ(cpu::chosen_isa(false).name, name);
+  }
+}
 
 TEST(CpuSimd, RefusesAnInstructionSetThatIsNotThere) {
   const Environment wanted("FLASHCORE_CPU_ISA", "mmx");

@@ -10,9 +10,9 @@ namespace flashcore::cpu {
 
 struct Isa;
 
-/// Chooses the instruction set: the one that the plan's setting names, else the best. Throws InvalidArgument where
-/// FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be followed.
-void plan_isa(detail::Plan& plan);
+/// Chooses the instruction set: the one that the plan's setting names, else the best for the problem. Throws
+/// InvalidArgument where FLASHCORE_CPU_ISA or FLASHCORE_NUM_THREADS cannot be followed.
+void plan_isa(const detail::Problem& problem, detail::Plan& plan);
 /// The settings of rows that do so: the names of the instruction sets.
 std::vector<std::string> isa_settings(const detail::Problem& problem, const DeviceInfo& device);
 /// What was chosen.

@@ -146,7 +146,7 @@ void store_sink_gradients(const Params& p, const double* parts) {
 }  // namespace
 
 void plan_flash_backward(const Problem& problem, const DeviceInfo&, Plan& plan) {
-  plan_isa(plan);
+  plan_isa(problem, plan);
   MaskExtents::plan(plan, kMaskExtents);
   const Sizes& size = problem.size;
   const Cut cut(size, num_threads() > size.batch * size.heads_k);

@@ -113,8 +113,12 @@ void clear_unowned_rows(const Params& p) {
   clear(owned, p.size.total_q);
 }
 
-void plan_isa(Plan& plan) {
-  const Isa* isa = &chosen_isa();
+void plan_isa(const Problem& problem, Plan& plan) {
+  // Note: to split few floats into three parts costs more than the products save. And some machines slow AMX down to a
+  // quarter for seconds on end, but not AVX-512: with few keys much is lost then, and little gained elsewhere.
+  constexpr std::int64_t kKeysForParts = 1024;
+  const bool few_floats = problem.dtype == DType::float32 && problem.size.seqlen_k < kKeysForParts;
+  const Isa* isa = &chosen_isa(!few_floats);
   if (!plan.setting.empty())
     for (const Isa* other : usable_isas())
       if (plan.setting == other->name) isa = other;
@@ -130,8 +134,8 @@ std::vector<std::string> isa_settings(const Problem&, const DeviceInfo&) {
 
 const Isa& isa_of(const Plan& plan) { return *static_cast<const Isa*>(plan.variant); }
 
-void plan_flash_forward(const Problem&, const DeviceInfo&, Plan& plan) {
-  plan_isa(plan);
+void plan_flash_forward(const Problem& problem, const DeviceInfo&, Plan& plan) {
+  plan_isa(problem, plan);
   MaskExtents::plan(plan, kMaskExtents);
 }
 

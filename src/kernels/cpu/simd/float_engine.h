@@ -15,11 +15,12 @@ class FloatEngine {
  public:
   /// Tiles start at a multiple of these many keys; dropout asks for 4.
   static constexpr int kKeyStep = 4;
+  static constexpr int kTileKeys = kBlockKeys;
 
-  static std::int64_t span_keys(const detail::Params&) { return kBlockKeys; }
+  static std::int64_t span_keys(const detail::Params&) { return kTileKeys; }
 
   static std::size_t bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
-    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
+    return Arena::rounded_floats(kTileKeys * kBlockQueries) + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
            Arena::rounded_floats(KeyBlocks::floats(head_dim_v));
   }
   static std::size_t query_bytes(std::int64_t head_dim) { return Arena::rounded_floats(head_dim * kBlockQueries); }
@@ -29,7 +30,7 @@ class FloatEngine {
               std::int64_t query_blocks, Arena& arena)
       : p_(p),
         rules_(rules),
-        tile_(arena.take<float>(kBlockKeys * kBlockQueries)),
+        tile_(arena.take<float>(kTileKeys * kBlockQueries)),
         keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(KeyBlocks::floats(p.size.head_dim))),
         values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(KeyBlocks::floats(p.size.head_dim_v)),
                 query_blocks) {}
@@ -47,7 +48,7 @@ class FloatEngine {
   void set_keys(std::int64_t first, std::int64_t count, std::int64_t end) {
     first_ = first;
     count_ = static_cast<int>(count);
-    const std::int64_t next = first + kBlockKeys;
+    const std::int64_t next = first + kTileKeys;
     const bool more = next < end;
     if (keys_.in_place() && values_.in_place()) {
       prefetch_keys_ = more ? keys_.address(next) : nullptr;

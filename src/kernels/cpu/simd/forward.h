@@ -1,8 +1,9 @@
 // Forward: flash attention with queries in the vector lanes, one task of query blocks of a key head at a time.
 //
-// For each block of 128 keys and each query block: S^T = K·Q^T, the weights P^T by online softmax, O^T += V^T·P^T. With
-// queries in lanes the maximum, the sum, the rescaling and every mask are operations between vectors. The two products,
-// and the weights between them, belong to an engine: float_engine.h, or tile_engine.h where the processor has AMX.
+// For each tile of 128 or 256 keys by a query block: S^T = K·Q^T, the weights P^T by online softmax, O^T += V^T·P^T.
+// With queries in lanes the maximum, the sum, the rescaling and every mask are operations between vectors. The two
+// products, and the weights between them, belong to an engine: float_engine.h, or tile_engine.h where the processor
+// has AMX.
 #pragma once
 
 #include "float_engine.h"
@@ -55,12 +56,12 @@ class Forward {
       seen.end = max_of(seen.end, blocks_[n].keys.end);
     }
     const std::int64_t span = Engine::span_keys(p_);
-    for (std::int64_t first = seen.begin / kBlockKeys * kBlockKeys; first < seen.end; first += span) {
+    for (std::int64_t first = seen.begin / Engine::kTileKeys * Engine::kTileKeys; first < seen.end; first += span) {
       const std::int64_t end = min_of(first + span, seen.end);
       engine_.set_keys(first, end - first, seen.end);
       for (int n = 0; n < block_count_; ++n)
-        for (std::int64_t key = first; key < end; key += kBlockKeys)
-          attend(blocks_[n], key, min_of(key + kBlockKeys, end));
+        for (std::int64_t key = first; key < end; key += Engine::kTileKeys)
+          attend(blocks_[n], key, min_of(key + Engine::kTileKeys, end));
     }
     for (int n = 0; n < block_count_; ++n) finish_block(blocks_[n]);
   }
@@ -68,7 +69,7 @@ class Forward {
  private:
   /// Room for a tile of a mask or bias, or for a vector of rotated queries.
   static std::size_t plane_bytes(std::int64_t head_dim) {
-    return Arena::rounded_floats(max_of<std::int64_t>(kBlockKeys * kBlockQueries, head_dim * kLanes));
+    return Arena::rounded_floats(max_of<std::int64_t>(Engine::kTileKeys * kBlockQueries, head_dim * kLanes));
   }
 
   static std::int64_t blocks_of(const ForwardTask& task) {
@@ -111,11 +112,11 @@ class Forward {
     const std::int64_t begin = max_of(first_key, b.keys.begin / Engine::kKeyStep * Engine::kKeyStep);
     const std::int64_t end = min_of(end_key, b.keys.end);
     if (begin >= end) return;
-    const ScoreTile t{engine_.tile(), b.vectors, static_cast<int>(end - begin), begin, b.first, b.queries};
-    const Extent extent = rules_.extent(t, b.head);
+    ScoreTile t{engine_.tile(), b.vectors, static_cast<int>(end - begin), begin, b.first, b.queries};
+    const Extent extent = rules_.cut_to_mask(t, b.head);
     if (extent == Extent::nothing) return;
     const bool edges = rules_.has_edges(t);
-    const bool* missing = engine_.missing(begin);
+    const bool* missing = engine_.missing(t.first_key);
     const bool changed = rules_.changes_scores(extent);
     const bool plain = !changed && !edges && !missing;
 
@@ -125,7 +126,7 @@ class Forward {
     } else {
       engine_.find_scores(b, t);
       if (changed) rules_.change_scores(t, b.head, extent);
-      if (missing) drop_keys(t, missing + (begin - first_key));
+      if (missing) drop_keys(t, missing + (t.first_key - first_key));
       if (edges) rules_.exclude_by_position(t);
       correction = engine_.find_weights(b, t);
     }

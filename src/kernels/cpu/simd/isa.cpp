@@ -84,11 +84,11 @@ std::string names_of_choices() {
 
 }  // namespace
 
-const Isa& chosen_isa() {
+const Isa& chosen_isa(bool parts) {
   const char* wanted = std::getenv("FLASHCORE_CPU_ISA");
   if (wanted && !*wanted) wanted = nullptr;
   for (const Choice& choice : kChoices) {
-    if (wanted && std::string_view(wanted) != choice.isa->name) continue;
+    if (wanted ? std::string_view(wanted) != choice.isa->name : choice.isa->in_parts && !parts) continue;
     if (choice.runs_here) return *choice.isa;
     if (wanted)
       throw InvalidArgument("FLASHCORE_CPU_ISA is \"" + std::string(wanted) +

@@ -54,6 +54,7 @@ struct BiasGradTask {
 
 struct Isa {
   const char* name;
+  bool in_parts;            // multiplies floats as sums of bfloat16, on AMX
   int lanes;                // queries in a vector
   int tile_vectors;         // vectors in a query block
   int task_queries;         // of a forward task at most
@@ -111,8 +112,8 @@ struct Isa {
 };
 
 /// The best one that this processor runs, or the one that FLASHCORE_CPU_ISA names. Throws InvalidArgument where that
-/// is unknown or where the processor lacks it.
-const Isa& chosen_isa();
+/// is unknown or where the processor lacks it. Without `parts` the best one that does not multiply in parts.
+const Isa& chosen_isa(bool parts = true);
 
 /// Those that this processor runs, best first; where FLASHCORE_CPU_ISA is set, that one. Throws like chosen_isa.
 std::vector<const Isa*> usable_isas();

@@ -14,6 +14,7 @@ namespace {
 constexpr Isa isa_kernels(const char* name) {
   return {
       .name = name,
+      .in_parts = kMultipliesInParts,
       .lanes = kLanes,
       .tile_vectors = kTileVectors,
       .task_queries = kTaskQueries,

@@ -8,7 +8,8 @@ namespace {
 
 class KeyBlocks {
  public:
-  /// `scratch` has room for floats(dim). `column_reads` is how often products read a block by columns, about.
+  /// `scratch` has room for floats(dim, most keys of a block). `column_reads` is how often products read a block by
+  /// columns, about.
   KeyBlocks(const detail::Params& p, const detail::TensorParams& tensor, const detail::Sequence& s, std::int64_t head_k,
             int dim, float* scratch, std::int64_t column_reads = 0)
       : p_(p), tensor_(tensor), s_(s), head_k_(head_k), dim_(dim), scratch_(scratch), stride_(dim) {
@@ -21,7 +22,8 @@ class KeyBlocks {
     }
   }
 
-  static std::int64_t floats(std::int64_t dim) { return kBlockKeys * (dim + kPadding) + kLanes; }
+  /// Floats that blocks of up to `keys` keys need.
+  static std::int64_t floats(std::int64_t dim, int keys = kBlockKeys) { return keys * (dim + kPadding) + kLanes; }
 
   /// Keys [first, first + count). They stay valid until another block is asked for.
   KeyRows rows(std::int64_t first, int count) {
@@ -97,7 +99,7 @@ class KeyBlocks {
   bool finite_known_ = false;
   bool finite_ = false;
   bool any_missing_ = false;
-  bool missing_[kBlockKeys];
+  bool missing_[kMostTileKeys];
 };
 
 }  // namespace

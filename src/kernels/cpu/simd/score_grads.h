@@ -236,7 +236,7 @@ class ScoreGrads {
     if (tile_.first_key >= end) return false;
     tile_.keys = static_cast<int>(end - tile_.first_key);
     head_ = head;
-    extent_ = rules_.extent(tile_, head);
+    extent_ = rules_.cut_to_mask(tile_, head);
     edges_ = rules_.has_edges(tile_);
     return extent_ != Extent::nothing;
   }

@@ -7,6 +7,7 @@ namespace flashcore::cpu {
 namespace {
 
 constexpr int kBlockKeys = 128;
+constexpr int kMostTileKeys = 256;  // of any engine's tiles
 constexpr int kBlockQueries = kLanes * kTileVectors;
 
 /// Vectors [begin, end) of block `index` of a sequence's queries: three, but 2 + 2 at the end instead of 3 + 1.
@@ -56,22 +57,30 @@ class ScoreRules {
   }
   void exclude_by_position(const ScoreTile& t) const { keep_band(t, low_, high_); }
 
-  /// What the mask leaves of a tile. A whole tile of a mask that heads share is looked at by the first to come.
-  Extent extent(const ScoreTile& t, std::int64_t head) const {
+  /// What the mask leaves of a tile. Blocks of keys at the tile's ends of which it leaves nothing are cut off.
+  Extent cut_to_mask(ScoreTile& t, std::int64_t head) const {
     if (!p_.mask.data) return Extent::everything;
-    const bool whole =
-        t.first_key % kBlockKeys == 0 && t.keys == min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - t.first_key);
-    if (!mask_extents_ || !whole) return mask_extent(p_.mask, s_, head, t);
-    constexpr std::uint8_t kSeen = 4;
-    const std::int64_t block = (t.first_query + kBlockQueries - 1) / kBlockQueries;  // the last may begin earlier
-    const std::int64_t key_blocks = (s_.seqlen_k + kBlockKeys - 1) / kBlockKeys;
-    std::uint8_t* entry = mask_extents_ + block * key_blocks + t.first_key / kBlockKeys;
-    // Note: threads that come at the same time write the same.
-    const std::uint8_t known = __atomic_load_n(entry, __ATOMIC_RELAXED);
-    if (known & kSeen) return static_cast<Extent>(known & ~kSeen);
-    const Extent found = mask_extent(p_.mask, s_, head, t);
-    __atomic_store_n(entry, static_cast<std::uint8_t>(kSeen | static_cast<std::uint8_t>(found)), __ATOMIC_RELAXED);
-    return found;
+    const std::int64_t end = t.first_key + t.keys;
+    std::int64_t seen_begin = end;
+    std::int64_t seen_end = t.first_key;
+    std::int64_t wholly_seen = 0;
+    for (std::int64_t first = t.first_key; first < end;) {
+      const std::int64_t next = min_of(end, (first / kBlockKeys + 1) * kBlockKeys);
+      ScoreTile block = t;
+      block.first_key = first;
+      block.keys = static_cast<int>(next - first);
+      const Extent extent = extent_of_block(block, head);
+      if (extent != Extent::nothing) {
+        seen_begin = min_of(seen_begin, first);
+        seen_end = next;
+      }
+      if (extent == Extent::everything) wholly_seen += block.keys;
+      first = next;
+    }
+    if (seen_begin >= seen_end) return Extent::nothing;
+    t.first_key = seen_begin;
+    t.keys = static_cast<int>(seen_end - seen_begin);
+    return wholly_seen == t.keys ? Extent::everything : Extent::part;
   }
 
   /// Softcap, ALiBi, bias, mask. `slope`, if given, becomes a tile of the softcap's slopes.
@@ -92,6 +101,24 @@ class ScoreRules {
   }
 
  private:
+  /// What the mask leaves of keys of one block. All of them, of a mask that heads share, are looked at by the first to
+  /// come.
+  Extent extent_of_block(const ScoreTile& t, std::int64_t head) const {
+    const bool whole =
+        t.first_key % kBlockKeys == 0 && t.keys == min_of<std::int64_t>(kBlockKeys, s_.seqlen_k - t.first_key);
+    if (!mask_extents_ || !whole) return mask_extent(p_.mask, s_, head, t);
+    constexpr std::uint8_t kSeen = 4;
+    const std::int64_t block = (t.first_query + kBlockQueries - 1) / kBlockQueries;  // the last may begin earlier
+    const std::int64_t key_blocks = (s_.seqlen_k + kBlockKeys - 1) / kBlockKeys;
+    std::uint8_t* entry = mask_extents_ + block * key_blocks + t.first_key / kBlockKeys;
+    // Note: threads that come at the same time write the same.
+    const std::uint8_t known = __atomic_load_n(entry, __ATOMIC_RELAXED);
+    if (known & kSeen) return static_cast<Extent>(known & ~kSeen);
+    const Extent found = mask_extent(p_.mask, s_, head, t);
+    __atomic_store_n(entry, static_cast<std::uint8_t>(kSeen | static_cast<std::uint8_t>(found)), __ATOMIC_RELAXED);
+    return found;
+  }
+
   const detail::Params& p_;
   const detail::Sequence& s_;
   float* const plane_;  // the mask's or bias's part of a tile

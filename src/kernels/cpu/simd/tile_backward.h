@@ -63,7 +63,7 @@ class TileBackward {
   }
 
  private:
-  static constexpr int kGroup = 4;          // query blocks
+  static constexpr int kGroup = 8;          // query blocks
   static constexpr int kStep = kTileDepth;  // keys whose scores are found at a time
   static constexpr int kStepFloats = kStep * kBlockQueries;
   static constexpr std::int64_t kRowTiles = kGroup * kParts * kTileHalves;  // of P^T or dS^T, from 16 keys to the next
@@ -223,61 +223,114 @@ class TileBackward {
     multiply<kParts, false>(product(value_rows_, key, keys, dout, dim_v_, to));
   }
 
-  /// Weights and gradients of a tile, some keys after the other, the products one step ahead of what follows them.
+  /// Weights and gradients of a tile, some keys after the other, while the products of the next ones are found: the
+  /// processor then works on both at a time.
   void find_plain(std::int64_t block, int n, int begin, int keys) {
-    const auto multiply_step = [&](int j) {
-      const int count = min_of(kStep, keys - j);
-      multiply_scores(block, begin + j, count, step_scores_ + (j / kStep & 1) * kStepFloats);
-      multiply_grads(block, begin + j, count, step_grads_ + (j / kStep & 1) * kStepFloats);
-    };
-    multiply_step(0);
+    const auto depth = static_cast<unsigned>((whole_depth(dim_) + whole_depth(dim_v_)) / kTileDepth);
+    const unsigned pairs = (kStep / 2 + depth - 1) / depth;  // of keys, a step of depth
+    multiply_step(block, begin, 0, min_of(kStep, keys));
     for (int j = 0; j < keys; j += kStep) {
-      if (j + kStep < keys) multiply_step(j + kStep);
-      weigh_step(block, n, begin, j, min_of(kStep, keys - j));
+      const int next = j + kStep;
+      const int count = min_of(kStep, keys - next);
+      StepWeights weights(*this, block, n, begin, j);
+      if (count > kTileSide) {
+        const auto weigh = [&]() __attribute__((always_inline)) { weights.next(pairs); };
+        multiply_tiles<2, 2, kParts, false>(score_product(block, begin, next, count), 0, weigh);
+        multiply_tiles<2, 2, kParts, false>(grad_product(block, begin, next, count), 0, weigh);
+      } else if (count > 0) {
+        multiply_step(block, begin, next, count);
+      }
+      if (next <= keys)
+        weights.next(kStep / 2);
+      else
+        weights.last(static_cast<unsigned>(keys - j));
     }
   }
 
-  /// `count` keys from the tile's key `first` on.
-  void weigh_step(std::int64_t block, int n, int begin, int first, int count) {
-    const float* scores = step_scores_ + (first / kStep & 1) * kStepFloats;
-    const float* grads = step_grads_ + (first / kStep & 1) * kStepFloats;
-    const VecF unit = broadcast(grads_.rules().query_scale());
-    VecF lse[kTileVectors];
-    VecF delta[kTileVectors];
-    const std::int64_t query = (first_ + block) * kBlockQueries;
-    for (int i = 0; i < kTileVectors; ++i) {
-      lse[i] = load(lse_ + query + i * kLanes);
-      delta[i] = load(delta_ + query + i * kLanes);
+  TileProduct score_product(std::int64_t block, int begin, int first, int count) {
+    const std::uint32_t* q = q_pairs_ + block * pairs_of_block(dim_);
+    return product(key_rows_, begin + first, count, q, dim_, scores_of(first));
+  }
+  TileProduct grad_product(std::int64_t block, int begin, int first, int count) {
+    const std::uint32_t* dout = dout_pairs_ + block * pairs_of_block(dim_v_);
+    return product(value_rows_, begin + first, count, dout, dim_v_, grads_of(first));
+  }
+  void multiply_step(std::int64_t block, int begin, int first, int count) {
+    multiply<kParts, false>(score_product(block, begin, first, count));
+    multiply<kParts, false>(grad_product(block, begin, first, count));
+  }
+  float* scores_of(int key) const { return step_scores_ + (key / kStep & 1) * kStepFloats; }
+  float* grads_of(int key) const { return step_grads_ + (key / kStep & 1) * kStepFloats; }
+
+  /// Weights and gradients of the tile's keys from `first` on, kStep at most, two keys after the other.
+  class StepWeights {
+   public:
+    FLASHCORE_INLINE StepWeights(const TileBackward& b, std::int64_t block, int n, int begin, int first)
+        : scores_(b.scores_of(first)),
+          grads_(b.grads_of(first)),
+          pairs_(b.pairs_of(first)),
+          weight_row_(row_of(b.weight_rows_, n, begin + first)),
+          grad_row_(row_of(b.grad_rows_, n, begin + first)),
+          unit_(broadcast(b.grads_.rules().query_scale())) {
+      const std::int64_t query = (b.first_ + block) * kBlockQueries;
+      for (int i = 0; i < kTileVectors; ++i) {
+        lse_[i] = load(b.lse_ + query + i * kLanes);
+        delta_[i] = load(b.delta_ + query + i * kLanes);
+      }
     }
-    std::uint32_t* pairs = pairs_of(first);
-    for (int j = 0; j < kStep; j += 2, pairs += kTileSide) {
+
+    /// The next `pairs` pairs, as far as there are any.
+    FLASHCORE_INLINE void next(unsigned pairs) {
+      const unsigned end = min_of<unsigned>(key_ + 2 * pairs, kStep);
+      for (; key_ < end; key_ += 2) pair<2>();
+    }
+    /// All pairs, of `count` keys. Behind them there is nothing.
+    void last(unsigned count) {
+      for (; key_ + 2 <= count; key_ += 2) pair<2>();
+      if (key_ < count) pair<1>(), key_ += 2;
+      for (; key_ < kStep; key_ += 2) pair<0>();
+    }
+
+   private:
+    template <int kKeys>
+    FLASHCORE_INLINE void pair() {
       VecF weight[2][kTileVectors] = {};
       VecF grad[2][kTileVectors] = {};
 #pragma GCC unroll 2
-      for (int k = 0; k < 2; ++k)
-        if (j + k < count) {
+      for (unsigned k = 0; k < kKeys; ++k)
 #pragma GCC unroll 2
-          for (int i = 0; i < kTileVectors; ++i) {
-            const std::int64_t at = (j + k) * kBlockQueries + i * kLanes;
-            weight[k][i] = exp2_for_parts<kParts>(load(scores + at) * unit - lse[i]);
-            grad[k][i] = weight[k][i] * (load(grads + at) - delta[i]);
-          }
+        for (int i = 0; i < kTileVectors; ++i) {
+          const std::int64_t at = std::int64_t{key_ + k} * kBlockQueries + i * kLanes;
+          weight[k][i] = exp2_for_parts<kParts>(load(scores_ + at) * unit_ - lse_[i]);
+          grad[k][i] = weight[k][i] * (load(grads_ + at) - delta_[i]);
         }
-      store_weights(n, begin + first + j, weight, grad, pairs, j + 1 < count ? 2 : count - j);
+      const std::int64_t row = key_ / unsigned{kTileSide} * kRowTiles + key_ % unsigned{kTileSide} * kTileDepth;
+      store_weights(weight_row_ + row, grad_row_ + row, weight, grad, pairs_ + key_ / 2 * kTileSide, kKeys);
     }
-  }
+
+    const float* scores_;
+    const float* grads_;
+    std::uint32_t* pairs_;
+    std::uint16_t* weight_row_;
+    std::uint16_t* grad_row_;
+    VecF unit_;
+    VecF lse_[kTileVectors];
+    VecF delta_[kTileVectors];
+    unsigned key_ = 0;
+  };
 
   /// Two keys' weights and gradients in the forms that products take, of which `rows` are rows.
-  void store_weights(int n, int key, VecF (&weight)[2][kTileVectors], VecF (&grad)[2][kTileVectors],
-                     std::uint32_t* pairs, int rows) {
+  static FLASHCORE_INLINE void store_weights(std::uint16_t* weight_row, std::uint16_t* grad_row,
+                                             VecF (&weight)[2][kTileVectors], VecF (&grad)[2][kTileVectors],
+                                             std::uint32_t* pairs, int rows) {
 #pragma GCC unroll 2
     for (int i = 0; i < kTileVectors; ++i)
       store_pair<kParts>(grad[0][i], grad[1][i], pairs + i * kTilePairs, 2 * kTilePairs);
 #pragma GCC unroll 2
     for (int k = 0; k < 2; ++k)
       if (k < rows) {
-        round_row<kParts>(weight[k][0], weight[k][1], row_of(weight_rows_, n, key + k), kTileHalves);
-        round_row<kParts>(grad[k][0], grad[k][1], row_of(grad_rows_, n, key + k), kTileHalves);
+        round_row<kParts>(weight[k][0], weight[k][1], weight_row + k * kTileDepth, kTileHalves);
+        round_row<kParts>(grad[k][0], grad[k][1], grad_row + k * kTileDepth, kTileHalves);
       }
   }
 
@@ -310,7 +363,8 @@ class TileBackward {
           weight[k][i] = load(weights.row(j + k) + i * kLanes);
           grad[k][i] = load(grads.row(j + k) + i * kLanes);
         }
-      store_weights(n, begin + j, weight, grad, pairs_of(j), min_of(2, keys - j));
+      store_weights(row_of(weight_rows_, n, begin + j), row_of(grad_rows_, n, begin + j), weight, grad, pairs_of(j),
+                    min_of(2, keys - j));
     }
   }
 

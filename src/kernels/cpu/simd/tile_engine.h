@@ -93,19 +93,21 @@ template <int kParts>
 class TileEngine {
  public:
   static constexpr int kKeyStep = kTileDepth;
+  static constexpr int kTileKeys = 256;
 
   /// Keys and values are split once a span, which is to stay in L2 beside the queries.
   static std::int64_t span_keys(const detail::Params& p) {
-    return p.page.block_table ? kBlockKeys : span_blocks(p.size.head_dim, p.size.head_dim_v) * kBlockKeys;
+    return p.page.block_table ? kTileKeys : span_blocks(p.size.head_dim, p.size.head_dim_v) * kTileKeys;
   }
 
   static std::size_t bytes(std::int64_t head_dim, std::int64_t head_dim_v) {
     const std::int64_t blocks = span_blocks(head_dim, head_dim_v);
-    return Arena::rounded_floats(kBlockKeys * kBlockQueries) + Arena::rounded_floats(KeyBlocks::floats(head_dim)) +
-           Arena::rounded_floats(KeyBlocks::floats(head_dim_v)) +
+    return Arena::rounded_floats(kTileKeys * kBlockQueries) +
+           Arena::rounded_floats(KeyBlocks::floats(head_dim, kTileKeys)) +
+           Arena::rounded_floats(KeyBlocks::floats(head_dim_v, kTileKeys)) +
            Arena::rounded(static_cast<std::size_t>(2 * blocks * key_halves(head_dim))) +
            Arena::rounded(static_cast<std::size_t>(2 * blocks * value_halves(head_dim_v))) +
-           Arena::rounded_floats(kParts * kBlockKeys / 2 * kBlockQueries) +
+           Arena::rounded_floats(kParts * kTileKeys / 2 * kBlockQueries) +
            Arena::rounded_floats(head_dim * kBlockQueries);
   }
   static std::size_t query_bytes(std::int64_t head_dim) {
@@ -122,14 +124,15 @@ class TileEngine {
         head_k_(head_k),
         unit_(__builtin_fabsf(rules.query_scale())),
         sign_(rules.query_scale() < 0 ? -1.f : 1.f),
-        tile_(arena.take<float>(kBlockKeys * kBlockQueries)),
-        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(KeyBlocks::floats(p.size.head_dim))),
-        values_(p, p.v, s, head_k, p.size.head_dim_v, arena.take<float>(KeyBlocks::floats(p.size.head_dim_v))),
+        tile_(arena.take<float>(kTileKeys * kBlockQueries)),
+        keys_(p, p.k, s, head_k, p.size.head_dim, arena.take<float>(KeyBlocks::floats(p.size.head_dim, kTileKeys))),
+        values_(p, p.v, s, head_k, p.size.head_dim_v,
+                arena.take<float>(KeyBlocks::floats(p.size.head_dim_v, kTileKeys))),
         key_tiles_(
             arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) * key_halves(p.size.head_dim))),
         value_tiles_(arena.take<std::uint16_t>(span_blocks(p.size.head_dim, p.size.head_dim_v) *
                                                value_halves(p.size.head_dim_v))),
-        weights_(arena.take<std::uint32_t>(kParts * kBlockKeys / 2 * kBlockQueries)),
+        weights_(arena.take<std::uint32_t>(kParts * kTileKeys / 2 * kBlockQueries)),
         columns_(arena.take<float>(p.size.head_dim * kBlockQueries)) {}
 
   float* tile() const { return tile_; }
@@ -209,7 +212,7 @@ class TileEngine {
     const SplitRows values = values_of(t.first_key);
     if (correction && b.started) scale_out(b, dim, correction);
     if (!in_pairs_) pair_weights(t);
-    constexpr int kDepth = kBlockKeys / kTileDepth;
+    constexpr int kDepth = kTileKeys / kTileDepth;
     const std::uint16_t* first =
         values.tiles + (t.first_key - block_begin(t.first_key)) / kTileDepth * kParts * kTileHalves;
     const TileProduct p = tile_product({first, kDepth * kParts * kTileHalves}, dim, t.keys, weights_, b.out, t.width());
@@ -221,6 +224,7 @@ class TileEngine {
   }
 
  private:
+  static constexpr int kStep = 2 * kTileSide;  // keys whose scores are found at a time
   static constexpr int kMostBlocks = 8;
   static constexpr std::int64_t kSpanBytes = 384 * 1024;
 
@@ -234,16 +238,16 @@ class TileEngine {
     bool finite;
   };
 
-  static std::int64_t key_halves(std::int64_t head_dim) { return kParts * kBlockKeys * whole_depth(head_dim); }
-  static std::int64_t value_halves(std::int64_t head_dim_v) { return kParts * kBlockKeys * whole_tiles(head_dim_v); }
+  static std::int64_t key_halves(std::int64_t head_dim) { return kParts * kTileKeys * whole_depth(head_dim); }
+  static std::int64_t value_halves(std::int64_t head_dim_v) { return kParts * kTileKeys * whole_tiles(head_dim_v); }
   static std::int64_t span_blocks(std::int64_t head_dim, std::int64_t head_dim_v) {
     const std::int64_t bytes = 2 * (key_halves(head_dim) + value_halves(head_dim_v));
     return max_of<std::int64_t>(1, min_of<std::int64_t>(kMostBlocks, kSpanBytes / bytes));
   }
 
-  std::int64_t block_begin(std::int64_t key) const { return key / kBlockKeys * kBlockKeys; }
+  std::int64_t block_begin(std::int64_t key) const { return key / kTileKeys * kTileKeys; }
   int block_count(std::int64_t key) const {
-    return static_cast<int>(min_of<std::int64_t>(kBlockKeys, end_ - block_begin(key)));
+    return static_cast<int>(min_of<std::int64_t>(kTileKeys, end_ - block_begin(key)));
   }
 
   /// The block of `key` in parts, by `split` if that has not been done yet.
@@ -268,15 +272,15 @@ class TileEngine {
   }
 
   SplitRows keys_of(std::int64_t key) {
-    const std::int64_t index = (key - first_) / kBlockKeys;
+    const std::int64_t index = (key - first_) / kTileKeys;
     std::uint16_t* tiles = key_tiles_ + index * key_halves(p_.size.head_dim);
     return split_once(key_splits_[index], tiles, p_.k, keys_, p_.size.head_dim, key,
                       [&](const auto& rows) { return split_rows<kParts>(rows, tiles); });
   }
 
   SplitRows values_of(std::int64_t key) {
-    constexpr int kTiles = kBlockKeys / kTileDepth * kParts;
-    const std::int64_t index = (key - first_) / kBlockKeys;
+    constexpr int kTiles = kTileKeys / kTileDepth * kParts;
+    const std::int64_t index = (key - first_) / kTileKeys;
     std::uint16_t* tiles = value_tiles_ + index * value_halves(p_.size.head_dim_v);
     return split_once(value_splits_[index], tiles, p_.v, values_, p_.size.head_dim_v, key,
                       [&](const auto& rows) { return split_columns<kParts>(rows, kTiles, tiles); });
@@ -308,28 +312,82 @@ class TileEngine {
     for (int j = 0; j < t.keys; j += kTileSide) weigh_rows(b, t, t.row(j), kTileSide, t.width(), j, sums);
   }
 
-  /// Some rows of scores after the other, the products one step ahead: the processor then works on both at a time.
+  /// Some rows of scores after the other, while the products of the next ones are found: the processor then works on
+  /// both at a time.
   void multiply_and_weigh(QueryBlock& b, const ScoreTile& t, ColumnSums* sums) {
-    constexpr int kStep = 2 * kTileSide;
     TileProduct p = score_product(b, t);
     const std::uint16_t* keys = p.a;
     p.c_row = kTileSide;
     p.c_column = kStep * kTileSide;
     const auto scores_of = [&](int j) { return t.data + (j / kStep & 1) * kStep * t.width(); };
-    const auto multiply_step = [&](int j) {
+    const auto turn_to_step = [&](int j) {
       p.rows = min_of(kStep, static_cast<int>(whole_tiles(t.keys)) - j) / kTileSide;
       p.a = keys + j / kTileSide * p.a_row;
       p.c = scores_of(j);
-      multiply<kParts, false>(p);
     };
+    const auto pairs = static_cast<unsigned>((kStep / 2 + p.depth - 1) / p.depth);  // of keys, a step of depth
     start_sums(b, sums);
-    multiply_step(0);
+    turn_to_step(0);
+    multiply<kParts, false>(p);
     for (int j = 0; j < t.keys; j += kStep) {
-      if (j + kStep < t.keys) multiply_step(j + kStep);
-      for (int i = 0; i < kStep && j + i < t.keys; i += kTileSide)
-        weigh_rows(b, t, scores_of(j) + i * kTileSide, p.c_column, kTileSide, j + i, sums);
+      const bool next = j + kStep < t.keys;
+      if (next) turn_to_step(j + kStep);
+      if (next && p.rows == 2 && p.columns == 2) {
+        StepWeights weights(*this, b, scores_of(j), pairs_of(t, j, 0), sums);
+        multiply_tiles<2, 2, kParts, false>(p, 0, [&]() __attribute__((always_inline)) { weights.next(pairs); });
+        weights.next(kStep / 2);
+        weights.store(sums);
+      } else {
+        if (next) multiply<kParts, false>(p);
+        for (int i = 0; i < kStep && j + i < t.keys; i += kTileSide)
+          weigh_rows(b, t, scores_of(j) + i * kTileSide, p.c_column, kTileSide, j + i, sums);
+      }
     }
   }
+
+  /// Weights of kStep keys of kTileVectors vectors of queries, two keys after the other.
+  class StepWeights {
+   public:
+    FLASHCORE_INLINE StepWeights(const TileEngine& e, const QueryBlock& b, const float* scores, std::uint32_t* pairs,
+                                 const ColumnSums* sums)
+        : scores_(scores), pairs_(pairs), unit_(broadcast(e.unit_)) {
+      for (int n = 0; n < kTileVectors; ++n) {
+        max_[n] = finite_max(b, n);
+        sum_[n] = sums[n].sum;
+        top_[n] = sums[n].top;
+      }
+    }
+
+    /// The next `pairs` pairs, as far as there are any.
+    FLASHCORE_INLINE void next(unsigned pairs) {
+      const unsigned end = min_of<unsigned>(key_ + 2 * pairs, kStep);
+      for (; key_ < end; key_ += 2)
+#pragma GCC unroll 2
+        for (int n = 0; n < kTileVectors; ++n) {
+          const float* at = scores_ + n * kStep * kTileSide + key_ * kTileSide;
+          const VecF x = load(at) * unit_ - max_[n];
+          const VecF y = load(at + kTileSide) * unit_ - max_[n];
+          top_[n] = max_of(y, max_of(x, top_[n]));
+          const VecF a = exp2_for_parts<kParts>(x);
+          const VecF b = exp2_for_parts<kParts>(y);
+          sum_[n] += a + b;
+          store_pair<kParts>(a, b, pairs_ + n * kTilePairs + key_ / 2 * kTileSide, kTileVectors * kTilePairs);
+        }
+    }
+
+    FLASHCORE_INLINE void store(ColumnSums* sums) const {
+      for (int n = 0; n < kTileVectors; ++n) sums[n] = {sum_[n], top_[n]};
+    }
+
+   private:
+    const float* scores_;
+    std::uint32_t* pairs_;
+    VecF unit_;
+    VecF max_[kTileVectors];
+    VecF sum_[kTileVectors];
+    VecF top_[kTileVectors];
+    unsigned key_ = 0;
+  };
 
   /// The maximum of a block without sums becomes that of its first keys.
   void set_max(QueryBlock& b, const ScoreTile& t) {

@@ -58,9 +58,14 @@ FLASHCORE_INLINE TileProduct tile_product(const TileRows& a, std::int64_t rows, 
           .c_column = kTileSide};
 }
 
-// Tiles 0 to 3 accumulate, 4 and 5 hold A, 6 and 7 hold B.
-template <int kM, int kN, int kParts, bool kAdd>
-FLASHCORE_INLINE void multiply_tiles(const TileProduct& p, int row) {
+struct Nothing {
+  FLASHCORE_INLINE void operator()() const {}
+};
+
+/// Tiles 0 to 3 accumulate, 4 and 5 hold A, 6 and 7 hold B. After each step of depth comes `between()`: other work that
+/// the processor does while tiles are multiplied, since it looks no further ahead than a few products.
+template <int kM, int kN, int kParts, bool kAdd, class Between = Nothing>
+FLASHCORE_INLINE void multiply_tiles(const TileProduct& p, int row, Between&& between = {}) {
   static_assert(kM <= 2 && kN <= 2);
   float* const c = p.c + static_cast<std::int64_t>(row) * kTileSide * p.c_row;
   float* const next_row = c + kTileSide * p.c_row;
@@ -96,6 +101,7 @@ FLASHCORE_INLINE void multiply_tiles(const TileProduct& p, int row) {
       a += kTileHalves;
     }
     b += kParts * kN * kTilePairs;
+    between();
   }
   tile_store<0>(c, c_bytes);
   if constexpr (kN > 1) tile_store<1>(c + p.c_column, c_bytes);

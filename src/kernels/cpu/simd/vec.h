@@ -32,8 +32,10 @@ constexpr int kTileRows = 4;
 #endif
 #if defined(__AMX_BF16__)
 #define FLASHCORE_AMX
+constexpr bool kMultipliesInParts = true;
 constexpr int kTileVectors = 2;  // two by two tiles accumulate
 #else
+constexpr bool kMultipliesInParts = false;
 constexpr int kTileVectors = 3;
 #endif
 
