@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def sources_hash(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def changed_since(commit: str, root: Path = ROOT) -> list[str]:
+    """The library's code that is not as it was at the commit, as far as git knows it."""
+    command = ["git", "-C", str(root), "diff", "--name-only", commit, "--", "include", "src"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [path for path in run.stdout.splitlines() if Path(path).suffix in CODE]
+
+
 def describe(result: Path = RESULT) -> tuple[bool, str]:
     """Whether the result is of these sources and good, and that in a sentence."""
     if not result.exists():
@@ -31,7 +42,10 @@ def describe(result: Path = RESULT) -> tuple[bool, str]:
     check = json.loads(result.read_text())
     run = f"{check['gpu']}, {check['date']}, commit {check['git_sha'][:12]}"
     if check["sources_sha256"] != sources_hash():
-        return False, f"GPU check: OUT OF DATE, the sources have changed since ({run}). Run scripts/gpu_check.sh again."
+        changed = ", ".join(changed_since(check["git_sha"])) or "which, git does not know"
+        return False, (
+            f"GPU check: OUT OF DATE, sources have changed since ({run}): {changed}. Run scripts/gpu_check.sh again."
+        )
     if not check["passed"]:
         return False, f"GPU check: of these sources, but it FAILED ({run})."
     return True, f"GPU check: passed with exactly these sources ({run})."

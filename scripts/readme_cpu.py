@@ -104,6 +104,7 @@ def machine_section(results: Results) -> list[str]:
             lambda cell: f"`{cell['line']}`",
             lambda cell: f"{ratio(cell):.2f} ({time_words(cell['ms']['flashcore'])})",
         ),
+        *([data["note"], ""] if "note" in data else []),
         "Geometric means over all of these:",
         "",
         *(f"- {LEVELS[level]}: {summary(held)}" for level, (_, held) in results.items()),
