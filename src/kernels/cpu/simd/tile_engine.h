@@ -61,32 +61,34 @@ FLASHCORE_INLINE void store_pair(VecF a, VecF b, std::uint32_t* to, std::int64_t
   for (int i = 0; i < kParts; ++i) _mm512_storeu_si512(to + i * part, reinterpret_cast<__m512i>(pairs[i]));
 }
 
+/// pairs = {2^x, 2^y}.
+template <int kParts>
+FLASHCORE_INLINE void weigh_pair(VecF x, VecF y, ColumnSums& sums, std::uint32_t* pairs, std::int64_t part) {
+  sums.top = max_of(y, max_of(x, sums.top));
+  const VecF a = exp2_for_parts<kParts>(x);
+  const VecF b = exp2_for_parts<kParts>(y);
+  sums.sum += a + b;
+  store_pair<kParts>(a, b, pairs, part);
+}
+
 /// pairs = 2^(scores·unit − max).
 template <int kParts>
 FLASHCORE_INLINE void weigh(const ScoreColumn& c, VecF unit, VecF max, ColumnSums& sums) {
-  VecF sum = sums.sum;
-  VecF top = sums.top;
+  ColumnSums own = sums;
   const float* at = c.scores;
   std::uint32_t* to = c.pairs;
   int j = 0;
 #pragma GCC unroll 2
-  for (; j + 2 <= c.keys; j += 2, at += 2 * c.stride, to += kLanes) {
-    const VecF x = load(at) * unit - max;
-    const VecF y = load(at + c.stride) * unit - max;
-    top = max_of(y, max_of(x, top));
-    const VecF a = exp2_for_parts<kParts>(x);
-    const VecF b = exp2_for_parts<kParts>(y);
-    sum += a + b;
-    store_pair<kParts>(a, b, to, c.part);
-  }
+  for (; j + 2 <= c.keys; j += 2, at += 2 * c.stride, to += kLanes)
+    weigh_pair<kParts>(load(at) * unit - max, load(at + c.stride) * unit - max, own, to, c.part);
   if (j < c.keys) {
     const VecF x = load(at) * unit - max;
-    top = max_of(x, top);
+    own.top = max_of(x, own.top);
     const VecF a = exp2_for_parts<kParts>(x);
-    sum += a;
+    own.sum += a;
     store_pair<kParts>(a, VecF{}, to, c.part);
   }
-  sums = {sum, top};
+  sums = own;
 }
 
 template <int kParts>
@@ -94,6 +96,7 @@ class TileEngine {
  public:
   static constexpr int kKeyStep = kTileDepth;
   static constexpr int kTileKeys = 256;
+  static_assert(kTileKeys <= kMostTileKeys);
 
   /// Keys and values are split once a span, which is to stay in L2 beside the queries.
   static std::int64_t span_keys(const detail::Params& p) {
@@ -353,8 +356,7 @@ class TileEngine {
         : scores_(scores), pairs_(pairs), unit_(broadcast(e.unit_)) {
       for (int n = 0; n < kTileVectors; ++n) {
         max_[n] = finite_max(b, n);
-        sum_[n] = sums[n].sum;
-        top_[n] = sums[n].top;
+        sums_[n] = sums[n];
       }
     }
 
@@ -365,18 +367,13 @@ class TileEngine {
 #pragma GCC unroll 2
         for (int n = 0; n < kTileVectors; ++n) {
           const float* at = scores_ + n * kStep * kTileSide + key_ * kTileSide;
-          const VecF x = load(at) * unit_ - max_[n];
-          const VecF y = load(at + kTileSide) * unit_ - max_[n];
-          top_[n] = max_of(y, max_of(x, top_[n]));
-          const VecF a = exp2_for_parts<kParts>(x);
-          const VecF b = exp2_for_parts<kParts>(y);
-          sum_[n] += a + b;
-          store_pair<kParts>(a, b, pairs_ + n * kTilePairs + key_ / 2 * kTileSide, kTileVectors * kTilePairs);
+          weigh_pair<kParts>(load(at) * unit_ - max_[n], load(at + kTileSide) * unit_ - max_[n], sums_[n],
+                             pairs_ + n * kTilePairs + key_ / 2 * kTileSide, kTileVectors * kTilePairs);
         }
     }
 
     FLASHCORE_INLINE void store(ColumnSums* sums) const {
-      for (int n = 0; n < kTileVectors; ++n) sums[n] = {sum_[n], top_[n]};
+      for (int n = 0; n < kTileVectors; ++n) sums[n] = sums_[n];
     }
 
    private:
@@ -384,8 +381,7 @@ class TileEngine {
     std::uint32_t* pairs_;
     VecF unit_;
     VecF max_[kTileVectors];
-    VecF sum_[kTileVectors];
-    VecF top_[kTileVectors];
+    ColumnSums sums_[kTileVectors];
     unsigned key_ = 0;
   };
 
