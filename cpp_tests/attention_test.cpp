@@ -300,6 +300,11 @@ TEST_P(OnEachDevice, ExplainKnowsGradients) {
   EXPECT_NE(text.find(canonical_problem_line(kCalls[1])), std::string::npos) << text;
 }
 
+TEST(Explain, OfALineTakesAKernelByName) {
+  const std::string text = explain("fwd fp32 b1 q4 k4 h1 d8", Device{}, "cpu.reference");
+  EXPECT_NE(text.find("kernel:    cpu.reference"), std::string::npos) << text;
+}
+
 TEST(Explain, RefusesALineThatCannotBeRead) { EXPECT_THROW(explain("fwd fp16 wobble", Device{}), InvalidArgument); }
 
 TEST(Explain, HelpNamesEveryWordOfTheGrammar) {

@@ -85,8 +85,8 @@ std::string explain(const AttentionInputs& inputs, const AttentionOutputs& outpu
   return explain_call(options, inputs, outputs, cotangents, grads);
 }
 
-std::string explain(std::string_view problem_line, Device device) {
-  return detail::explain_plan(detail::parse_problem(problem_line), device_info(device));
+std::string explain(std::string_view problem_line, Device device, std::string_view kernel) {
+  return detail::explain_plan(detail::parse_problem(problem_line), device_info(device), kernel);
 }
 
 }  // namespace flashcore

@@ -557,6 +557,16 @@ def test_once_calls_a_line_and_names_its_kernel(bench):
     assert text.splitlines() == [f"{TINY}  cpu.flash", "decode fp32 b1 q1 k64 h2 d16  cpu.decode"]
 
 
+def test_a_kernel_in_a_setting_is_timed_beside_the_chosen_one(bench, tmp_path):
+    word = next(word for word in _core.kernel_choices(TINY, False, 0) if word.startswith("cpu.flash:"))
+    bench(
+        TINY, "--device", "cpu", "--peers", "none", "--iterations", 3, "--kernel", word, "--save", tmp_path / "r.json"
+    )
+    (case,) = json.loads((tmp_path / "r.json").read_text())["cases"]
+    assert case["results"][f"flashcore {word}"]["kernel"] == word
+    assert case["results"][f"flashcore {word}"]["us"] > 0
+
+
 def test_names_are_listed_with_their_lines(bench):
     text = bench("--list", "--device", "cpu")
     assert all(name in text for name in cases.CASES["cpu"])
@@ -571,6 +581,7 @@ def test_names_are_listed_with_their_lines(bench):
         (["fwd", "fp6", "b1", "q1", "k1", "h1", "d1"], '"fp6"'),
         (["--peers", "sdpo"], 'no peer "sdpo"'),
         (["--kernel", "cpu.flesh"], 'no kernel "cpu.flesh"'),
+        (["--kernel", "cpu.flash:mmx"], 'no kernel "cpu.flash:mmx"'),
         (["--save", "/no/such/folder/r.json"], "/no/such/folder/r.json: cannot be written"),
         (["--plot", "picture.gif"], "ends in .png or .svg"),
         (["--compare", "/no/such/file.json"], "cannot be read"),

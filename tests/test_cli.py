@@ -59,6 +59,11 @@ def test_explain_is_the_librarys_answer():
     assert run("explain", line, "--device", "cpu").strip() == fc.explain(line, device="cpu").strip()
 
 
+def test_explain_of_a_kernel_by_name():
+    text = run("explain", "fwd fp32 b1 q4 k4 h1 d8", "--device", "cpu", "--kernel", "cpu.flash:avx1024")
+    assert 'has no setting "avx1024"' in text
+
+
 def test_explain_takes_words_without_quotes():
     line = "decode bf16 b64 q1 k8192 h64/8 d128 page16"
     assert line in run("explain", *line.split(), "--device", "cpu")

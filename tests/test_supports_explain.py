@@ -162,6 +162,20 @@ def test_explain_of_a_line_is_explain_of_its_call(xp, device):
     assert fc.explain("fwd fp16 b2 q8 k8 h4 d16 causal", device=device) == fc.explain(x, x, x, causal=True)
 
 
+def test_explain_of_a_line_takes_a_kernel_by_name(xp, device):
+    x = xp.array(np.zeros((2, 4, 8, 16)), "float16")
+    named = f"{device}.reference"
+    text = fc.explain("fwd fp16 b2 q8 k8 h4 d16", device=device, kernel=named)
+    assert text == fc.explain(x, x, x, kernel=named)
+    assert re.search(rf"kernel: +{named}", text)
+
+
+@pytest.mark.parametrize("beside", [{"causal": True}, {"k": np.zeros((1, 1, 2, 8), np.float32)}], ids=["causal", "k"])
+def test_a_line_has_all_options_in_its_words(beside):
+    with pytest.raises(ValueError, match=f"stands alone.*{next(iter(beside))}"):
+        fc.explain("fwd fp16 b2 q8 k8 h4 d16", device="cpu", **beside)
+
+
 def test_explain_raises_what_the_call_would(xp):
     x = xp.array(np.zeros((1, 1, 2, 8)), "float32")
     with pytest.raises(ValueError, match=r"sideways"):

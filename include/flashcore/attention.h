@@ -224,9 +224,9 @@ FLASHCORE_API std::string explain(const AttentionInputs& inputs, const Attention
                                   const AttentionCotangents& cotangents, const AttentionGrads& grads,
                                   const AttentionOptions& options = {});
 
-/// The same for a problem line such as "fwd bf16 b2 q4096 k4096 h32/8 d128 causal". The grammar is in
-/// `problem_line_help()`. Throws InvalidArgument for a line that cannot be read.
-FLASHCORE_API std::string explain(std::string_view problem_line, Device device);
+/// The same for a problem line such as "fwd bf16 b2 q4096 k4096 h32/8 d128 causal", with `kernel` as in
+/// `AttentionOptions`. The grammar is in `problem_line_help()`. Throws InvalidArgument for a line that cannot be read.
+FLASHCORE_API std::string explain(std::string_view problem_line, Device device, std::string_view kernel = {});
 
 /// The line in canonical form: words in order, defaults left out.
 FLASHCORE_API std::string canonical_problem_line(std::string_view problem_line);

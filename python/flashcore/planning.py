@@ -119,12 +119,17 @@ def explain(
     """How a call would run: the problem line, the chosen kernel and its workspace, and why each other kernel refused.
 
     Takes the arguments that `supports` takes. Or a problem line, such as ``"fwd bf16 b2 q4096 k4096 h32/8 d128
-    causal"``, and a device for it ("cpu", "cuda", "cuda:1"; default: the best there is).
+    causal"``, with a device for it ("cpu", "cuda", "cuda:1"; default: the best there is) and `kernel`.
 
-    Raises: as the call would, except that a call that no kernel takes is explained, too.
+    Raises: as the call would, except that a call that no kernel takes is explained, too. ValueError for options beside
+    a problem line, which has them in its words.
     """
     if isinstance(q, str):
-        return str(_core.explain_line(q, *parse_device(device)))
+        kernel = options.pop("kernel", None)
+        beside = [name for name, array in (("k", k), ("v", v)) if array is not None] + list(options)
+        if beside:
+            raise ValueError(f"a problem line stands alone, or with device and kernel; {', '.join(beside)} given, too")
+        return str(_core.explain_line(q, *parse_device(device), kernel or ""))
     asked = _question(q, k, v, dict(options))
     ask = getattr(_core, f"explain_{asked.phase}")
     return str(ask(asked.framework.bridge, *asked.arguments))

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import _core
 from ..bench import arrays, calls, cases, ceilings, compare, ladder, peers, plot, provenance, report, results
 from ..bench.run import Settings, kernels_of, measure
 from ..bench.stage import CACHES, CLOCKS, Stage
@@ -44,7 +45,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     what.add_argument("cases", nargs="*", metavar="CASE", help="a name (see --list), a problem line, or @FILE of both")
     what.add_argument("--list", action="store_true", help="print the names and the lines that they stand for")
     what.add_argument("--ladder", action="store_true", help="the climb from the scalar kernel to the chosen one")
-    what.add_argument("--kernel", action="append", default=[], help="also this kernel by its name; may be repeated")
+    kernel_help = 'also this kernel: "cpu.flash", or in a setting, "cpu.flash:avx2"; may be repeated'
+    what.add_argument("--kernel", action="append", default=[], help=kernel_help)
     what.add_argument("--once", action="store_true", help="only call each case, a single time: for a profiler")
     what.add_argument("--peers", metavar="NAMES", help="other libraries, by commas: " + _peer_names())
     what.add_argument("--peer-file", type=Path, help="a Python file with a dict PEERS of more of them")
@@ -195,7 +197,9 @@ def _measure(console: Console, arguments: argparse.Namespace, older: results.Dat
 
 
 def _check_kernel(kernel: str, lines: list[str], device: str) -> None:
-    known = dict.fromkeys(name for line in lines for name in kernels_of(line, device))
+    names = [name for line in lines for name in kernels_of(line, device)]
+    settings = [word for line in lines for word in _core.kernel_choices(line, *parse_device(device))]
+    known = dict.fromkeys([*names, *settings])
     if kernel not in known:
         raise ValueError(f'no kernel "{kernel}" for these cases on {device}; allowed: {", ".join(known)}')
 

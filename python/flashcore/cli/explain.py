@@ -14,9 +14,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("line", nargs="+", help='a problem line, such as "fwd bf16 b2 q4096 k4096 h32/8 d128 causal"')
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:N"; default: the best there is')
+    parser.add_argument("--kernel", help='a kernel by its name, "cpu.flash", or in a setting, "cpu.flash:avx2"')
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(explain(" ".join(arguments.line), device=arguments.device))
+    print(explain(" ".join(arguments.line), device=arguments.device, kernel=arguments.kernel))
     return 0
