@@ -176,6 +176,12 @@ def test_a_line_has_all_options_in_its_words(beside):
         fc.explain("fwd fp16 b2 q8 k8 h4 d16", device="cpu", **beside)
 
 
+def test_arrays_say_where_they_are(xp, device):
+    x = xp.array(np.zeros((1, 1, 2, 8)), "float32")
+    with pytest.raises(ValueError, match="device"):
+        fc.explain(x, x, x, device=device)
+
+
 def test_explain_raises_what_the_call_would(xp):
     x = xp.array(np.zeros((1, 1, 2, 8)), "float32")
     with pytest.raises(ValueError, match=r"sideways"):

@@ -122,7 +122,7 @@ def explain(
     causal"``, with a device for it ("cpu", "cuda", "cuda:1"; default: the best there is) and `kernel`.
 
     Raises: as the call would, except that a call that no kernel takes is explained, too. ValueError for options beside
-    a problem line, which has them in its words.
+    a problem line, which has them in its words, and for a device beside arrays.
     """
     if isinstance(q, str):
         kernel = options.pop("kernel", None)
@@ -130,6 +130,8 @@ def explain(
         if beside:
             raise ValueError(f"a problem line stands alone, or with device and kernel; {', '.join(beside)} given, too")
         return str(_core.explain_line(q, *parse_device(device), kernel or ""))
+    if device is not None:
+        raise ValueError(f"device={device!r} goes with a problem line; arrays say themselves where they are")
     asked = _question(q, k, v, dict(options))
     ask = getattr(_core, f"explain_{asked.phase}")
     return str(ask(asked.framework.bridge, *asked.arguments))
