@@ -1,35 +1,15 @@
-"""python -m flashcore bench: what is measured, by which clock, what the samples say, and that a run can be cut off."""
+"""python -m flashcore bench: what is measured, by which clock, and what the samples say."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import signal
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import flashcore as fc
 import numpy as np
 import pytest
 from flashcore import _core
-from flashcore.bench import (
-    arrays,
-    calls,
-    cases,
-    ceilings,
-    compare,
-    exact,
-    ladder,
-    peers,
-    plot,
-    provenance,
-    results,
-    run,
-)
+from flashcore.bench import arrays, calls, cases, exact, peers, run
 from flashcore.bench.stage import Stage
 from flashcore.bench.statistics import quartiles, summary
 from flashcore.bench.timing import Contender, Plan, take_rounds
@@ -52,16 +32,6 @@ LINES = [
     "decode bf16 b2 q1 k64 h4/2 d16 page16",
     "decode fp32 b2 q3 k61 h4/2 d16",
 ]
-
-
-def flashcore_command(*words, **keywords):
-    """The command, with the keyboard's interrupt on even where the tests were started with it off."""
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from flashcore.__main__ import main; sys.exit(main())"
-    )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", program, "bench", *map(str, words)], **pipes, **keywords)
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -294,142 +264,6 @@ def test_what_comes_between_is_not_repeated_and_comes_before_each_sample():
     assert only.repeats == 1
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def entry(line=TINY, us=10.0, low=9.0, high=11.0, **others):
-    times = {"us": us, "us_low": low, "us_high": high}
-    found = {"flashcore": times} | {name: {"us": value} for name, value in others.items()}
-    work = cases.parse(line)
-    return {"line": line, "kernel": "cpu.flash", "flops": work.flops, "bytes": work.bytes, "results": found}
-
-
-def data(*entries, **machine):
-    return {"machine": machine, "settings": {}, "ceilings": None, "complete": True, "cases": list(entries)}
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "expected"),
-    [
-        ((10, 9, 11), (12, 11.5, 13), "slower"),  # the bands do not touch
-        ((10, 9, 11), (12, 10.5, 13), "same"),  # they overlap
-        ((10, 9, 11), (10, 9, 11), "same"),
-        ((10, 9, 11), (8, 7, 8.9), "faster"),
-        ((10, 9, 11), (9, 8, 9.0), "same"),  # they touch
-    ],
-)
-def test_a_change_counts_beyond_the_noise_of_both(old, new, expected):
-    (change,) = compare.changes(data(entry(TINY, *old)), data(entry(TINY, *new)))
-    assert change.verdict == expected
-    assert change.ratio == pytest.approx(new[0] / old[0])
-
-
-def test_only_cases_that_both_have_are_compared():
-    other = TINY.replace("q32", "q16")
-    assert compare.changes(data(entry(TINY)), data(entry(other))) == []
-
-
-def test_files_without_quartiles_are_compared_by_their_extremes():
-    old = entry()
-    old["results"]["flashcore"] = {"us": 10, "us_min": 9, "us_max": 14}
-    (change,) = compare.changes(data(old), data(entry(us=12, low=11.9, high=12.1)))
-    assert change.verdict == "same"
-
-
-def test_what_the_others_did_tells_the_machine_from_the_code():
-    old, new = (
-        data(entry(SDPA=10.0), entry(cases.MISSION, SDPA=20.0)),
-        data(entry(SDPA=40.0), entry(cases.MISSION, SDPA=20.0)),
-    )
-    assert compare.drift(old, new) == {"SDPA": pytest.approx(2.0)}
-    assert compare.drift(data(entry()), data(entry(SDPA=10.0))) == {}
-
-
-def test_another_machine_is_pointed_out():
-    assert compare.differences(data(gpu="A"), data(gpu="B")) == ["gpu: A then, B now"]
-    assert compare.differences(data(gpu="A"), data(gpu="A")) == []
-
-
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("bench/results/forward_*.json")), ids=str)
-def test_published_results_stay_readable(path):
-    published = results.load(path)
-    results.add_rates(published)
-    assert all(change.verdict == "same" for change in compare.changes(published, published))
-
-
-def test_a_file_gives_back_what_was_saved(tmp_path):
-    path, saved = tmp_path / "r.json", data(entry(SDPA=20.0), gpu="A")
-    results.add_rates(saved)
-    results.save(path, saved)
-    assert results.load(path) == saved
-
-
-def test_a_save_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "r.json"
-    results.save(path, data(entry()))
-    with pytest.raises(TypeError):
-        results.save(path, data(entry(), gpu=object()))
-    assert results.load(path) == data(entry())
-
-
-def test_rates_follow_from_times_and_ceilings():
-    saved = data(entry("fwd fp16 b1 q512 k512 h8 d64", us=10.0)) | {
-        "ceilings": {"matmul_tflops": {"fp16": 500.0}, "copy_gbs": 4000.0}
-    }
-    results.add_rates(saved)
-    result = saved["cases"][0]["results"]["flashcore"]
-    assert result["tflops"] == pytest.approx(4 * 8 * 512**2 * 64 / 10e-6 / 1e12)
-    assert result["gbs"] == pytest.approx(4 * 8 * 512 * 64 * 2 / 10e-6 / 1e9)
-    assert result["share_matmul"] == pytest.approx(result["tflops"] / 500)
-    assert result["share_copy"] == pytest.approx(result["gbs"] / 4000)
-
-
-def test_on_the_cpu_a_product_in_float32_is_a_ceiling_of_16_bits_too(monkeypatch):
-    stage = Stage("cpu", with_torch=False)
-    monkeypatch.setattr(ceilings, "_product_tflops", lambda _, d: {"fp16": 0.001, "fp32": 0.5, "bf16": 0.7}.get(d))
-    assert [ceilings.matmul_tflops(stage, dtype) for dtype in ("fp16", "bf16", "fp32", "fp64")] == [0.5, 0.7, 0.5, None]
-
-
-def test_the_ladder_climbs_from_the_scalar_kernel_to_the_chosen_one():
-    found = entry(us=10.0, **{"SDPA flash": 12.0, "SDPA math": 90.0})
-    found["results"] |= {"flashcore cuda.reference": {"us": 300.0}, "flashcore ladder.fused_wmma": {"us": 40.0}}
-    found["results"] |= {"flashcore ladder.unfused_wmma": {"us": 80.0}}
-    names = [ladder.label(found, name) for name, _ in ladder.climb(found)]
-    rungs = ["cuda.reference", "ladder.unfused_wmma", "ladder.fused_wmma", "cpu.flash"]
-    assert names == [*rungs, "SDPA math", "SDPA flash"]
-    assert ladder.best_sdpa(found) == 12.0
-
-
-def test_a_resumed_run_must_be_the_same_run(tmp_path):
-    old = data(entry(), git_sha="a") | {"settings": {"clock": "wall"}}
-    results.check_same_run(tmp_path, old, {"git_sha": "a"}, {"clock": "wall"})
-    with pytest.raises(ValueError, match="git_sha 'a' there, 'b' here"):
-        results.check_same_run(tmp_path, old, {"git_sha": "b"}, {"clock": "wall"})
-    with pytest.raises(ValueError, match="clock"):
-        results.check_same_run(tmp_path, old, {"git_sha": "a"}, {"clock": "events"})
-
-
-@pytest.mark.parametrize("draw", ["by_seqlen", "climb", "roofline"])
-@pytest.mark.parametrize("ending", plot.FORMATS)
-def test_pictures_are_drawn(draw, ending, tmp_path):
-    pytest.importorskip("matplotlib")
-    lines = [f"{phase} fp16 b1 q{n} k{n} h8 d64" for phase in ("fwd", "bwd") for n in (512, 1024)]
-    saved = data(*(entry(line, SDPA=20.0) for line in [*lines, "decode bf16 b1 q1 k512 h8 d64"]))
-    saved["ceilings"] = {"matmul_tflops": {"fp16": 500.0}, "copy_gbs": 4000.0}
-    results.add_rates(saved)
-    path = tmp_path / f"picture{ending}"
-    getattr(plot, draw)(saved["cases"][0] if draw == "climb" else saved, path)
-    assert path.read_bytes().startswith(b"\x89PNG" if ending == ".png" else b"<?xml")
-    assert path.stat().st_size > 5_000
-
-
-def test_a_commit_is_told_only_of_our_own_tree(tmp_path, monkeypatch):
-    monkeypatch.delenv("FLASHCORE_GIT_SHA", raising=False)
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=False)
-    monkeypatch.chdir(tmp_path)
-    assert provenance.git_sha() == ""
-
-
 # ---- contenders ------------------------------------------------------------------------------------------------------
 
 
@@ -511,138 +345,3 @@ def test_a_gpu_is_timed_by_events_and_graphs(with_torch, caches):
         found = run.measure(line, stage, chosen, run.Settings(plan, "events", caches))
         assert found["failures"] == {}
         assert all(result["graph"] and result["error"] < 2e-2 for result in found["results"].values())
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_a_short_run_on_the_cpu(bench, tmp_path):
-    json_file, csv_file = tmp_path / "r.json", tmp_path / "r.csv"
-    words = [TINY, "decode fp32 b1 q1 k64 h2 d16", "--device", "cpu", "--peers", "none", "--seconds", "0.2"]
-    text = bench(*words, "--no-ceilings", "--save", json_file, "--csv", csv_file)
-    assert TINY in text
-    assert "p99" in text
-    saved = results.load(json_file)
-    assert saved["complete"]
-    assert {"processor", "flashcore", "git_sha", "date", "python"} <= set(saved["machine"])
-    result = saved["cases"][0]["results"]["flashcore"]
-    assert 0 < result["us_min"] <= result["us"] <= result["us_p99"] <= result["us_max"]
-    with csv_file.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["line"] for row in rows] == [case["line"] for case in saved["cases"]]
-    assert float(rows[0]["us"]) == result["us"]
-    again = bench("--load", json_file, "--compare", json_file)
-    assert "within the noise" in again
-
-
-def test_a_case_that_became_slower_is_an_exit_status(bench, tmp_path):
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    for path, factor in ((old, 1), (new, 2)):
-        saved = data(entry(us=10.0 * factor, low=9.0 * factor, high=11.0 * factor))
-        results.add_rates(saved)
-        results.save(path, saved)
-    assert "slower" in bench("--load", new, "--compare", old, code=1)
-    assert "faster" in bench("--load", old, "--compare", new)
-
-
-def test_the_ladder_on_the_cpu(bench):
-    text = bench("--ladder", "--device", "cpu", "--peers", "none", "--seconds", "0.2", "--no-ceilings")
-    assert "The ladder: " + cases.MISSION in text
-    assert "cpu.reference" in text
-    assert "cpu.flash" in text
-
-
-def test_once_calls_a_line_and_names_its_kernel(bench):
-    text = bench("--once", TINY, "decode fp32 b1 q1 k64 h2 d16", "--device", "cpu")
-    assert text.splitlines() == [f"{TINY}  cpu.flash", "decode fp32 b1 q1 k64 h2 d16  cpu.decode"]
-
-
-def test_a_kernel_in_a_setting_is_timed_beside_the_chosen_one(bench, tmp_path):
-    word = next(word for word in _core.kernel_choices(TINY, False, 0) if word.startswith("cpu.flash:"))
-    bench(
-        TINY, "--device", "cpu", "--peers", "none", "--iterations", 3, "--kernel", word, "--save", tmp_path / "r.json"
-    )
-    (case,) = json.loads((tmp_path / "r.json").read_text())["cases"]
-    assert case["results"][f"flashcore {word}"]["kernel"] == word
-    assert case["results"][f"flashcore {word}"]["us"] > 0
-
-
-def test_names_are_listed_with_their_lines(bench):
-    text = bench("--list", "--device", "cpu")
-    assert all(name in text for name in cases.CASES["cpu"])
-    assert cases.MISSION in text
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["fast"], 'no case "fast"'),
-        ([TINY + " causel"], "causel"),
-        (["fwd", "fp6", "b1", "q1", "k1", "h1", "d1"], '"fp6"'),
-        (["--peers", "sdpo"], 'no peer "sdpo"'),
-        (["--kernel", "cpu.flesh"], 'no kernel "cpu.flesh"'),
-        (["--kernel", "cpu.flash:mmx"], 'no kernel "cpu.flash:mmx"'),
-        (["--save", "/no/such/folder/r.json"], "/no/such/folder/r.json: cannot be written"),
-        (["--plot", "picture.gif"], "ends in .png or .svg"),
-        (["--compare", "/no/such/file.json"], "cannot be read"),
-        (["--load", __file__], "not a result"),
-        (["--resume"], "--save"),
-        (["--iterations", "0"], "at least 1"),
-        (["--device", "tpu"], "tpu"),
-        (["--ladder", "small"], "give no others"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_words_are_one_clear_error(bench, words, told):
-    where = [] if "--device" in words else ["--device", "cpu"]
-    text = bench(*words, *where, code=2)
-    assert told in text
-    assert text.count("error:") == 1
-
-
-def test_a_gpu_that_is_not_there_is_one_clear_line(bench, no_cuda):
-    text = bench("--device", "cuda", code=2)
-    assert text.startswith("error:")
-    assert len(text.splitlines()) == 1
-
-
-def test_a_missing_library_is_one_clear_line(tmp_path):
-    program = (
-        "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(',')))\n"
-        "from flashcore.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
-
-    def told(without, *words):
-        command = [sys.executable, "-c", program, without, "bench", TINY, "--device", "cpu", "--seconds", "0.1", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert "Traceback" not in done.stderr
-        return done.stdout + done.stderr
-
-    assert "without sdpa: torch is not installed" in told("torch,jax")
-    assert told("matplotlib", "--plot", str(tmp_path / "p.png")).startswith("error: pictures need matplotlib")
-    assert told("rich").startswith("error: the command line needs rich")
-
-
-def test_an_interrupted_run_keeps_its_cases_and_goes_on(bench, tmp_path):
-    path = tmp_path / "r.json"
-    lines = [TINY.replace("q32", f"q{n}") for n in (8, 16, 24, 32)]
-    words = [*lines, "--device", "cpu", "--peers", "none", "--iterations", "1000000", "--seconds", "0.4"]
-    words += ["--no-ceilings", "--save", path]
-    process = flashcore_command(*words)
-    end = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
-    assert "Traceback" not in err
-    assert "--resume" in err
-    part = results.load(path)
-    assert not part["complete"]
-    assert 1 <= len(part["cases"]) < len(lines)
-    bench(*words, "--resume")
-    whole = results.load(path)
-    assert whole["complete"]
-    assert [case["line"] for case in whole["cases"]] == lines
-    assert whole["cases"][: len(part["cases"])] == part["cases"]  # what was measured is not measured again
-    assert json.loads(path.read_text())["machine"] == whole["machine"]
