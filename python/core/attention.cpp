@@ -323,7 +323,7 @@ void bind_questions(nb::module_& m) {
       [](std::string_view line, bool cuda, int index, std::string_view kernel) {
         return explain(line, Device{cuda ? DeviceType::cuda : DeviceType::cpu, index}, kernel);
       },
-      nb::arg("line"), nb::arg("cuda"), nb::arg("index"), nb::arg("kernel"));
+      nb::arg("line"), nb::arg("cuda"), nb::arg("index"), nb::arg("kernel") = "");
   m.def("canonical_problem_line", &canonical_problem_line, nb::arg("line"));
   m.def("problem_line_help", &problem_line_help);
 }
