@@ -166,8 +166,8 @@ def _measure(console: Console, arguments: argparse.Namespace, older: results.Dat
         else cases.lines_of(arguments.cases or ["mission"], stage.kind)
     )
     kernels = [*arguments.kernel, *(ladder.rungs(lines[0], stage.device) if arguments.ladder else [])]
-    for kernel in kernels:
-        _check_kernel(kernel, lines, stage.device)
+    if kernels:
+        _check_kernels(kernels, lines, stage)
     chosen = _contenders(console, stage, arguments)
     plan = _plan(arguments)
     names = tuple(peer.name for peer in chosen)
@@ -196,12 +196,13 @@ def _measure(console: Console, arguments: argparse.Namespace, older: results.Dat
     return data, True
 
 
-def _check_kernel(kernel: str, lines: list[str], device: str) -> None:
-    names = [name for line in lines for name in kernels_of(line, device)]
-    settings = [word for line in lines for word in _core.kernel_choices(line, *parse_device(device))]
+def _check_kernels(kernels: list[str], lines: list[str], stage: Stage) -> None:
+    names = [name for line in lines for name in kernels_of(line, stage.device)]
+    settings = [word for line in lines for word in _core.kernel_choices(line, stage.cuda, stage.index)]
     known = dict.fromkeys([*names, *settings])
-    if kernel not in known:
-        raise ValueError(f'no kernel "{kernel}" for these cases on {device}; allowed: {", ".join(known)}')
+    for kernel in kernels:
+        if kernel not in known:
+            raise ValueError(f'no kernel "{kernel}" for these cases on {stage.device}; allowed: {", ".join(known)}')
 
 
 def _measure_all(

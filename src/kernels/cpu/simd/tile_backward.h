@@ -214,13 +214,13 @@ class TileBackward {
     const std::int64_t row = whole_depth(dim) * kParts * kTileSide;
     return tile_product({rows + key / kTileSide * row, row}, keys, dim, pairs, to, kBlockQueries);
   }
-  void multiply_scores(std::int64_t block, int key, int keys, float* to) {
+  TileProduct score_product(std::int64_t block, int key, int keys, float* to) {
     const std::uint32_t* q = q_pairs_ + block * pairs_of_block(dim_);
-    multiply<kParts, false>(product(key_rows_, key, keys, q, dim_, to));
+    return product(key_rows_, key, keys, q, dim_, to);
   }
-  void multiply_grads(std::int64_t block, int key, int keys, float* to) {
+  TileProduct grad_product(std::int64_t block, int key, int keys, float* to) {
     const std::uint32_t* dout = dout_pairs_ + block * pairs_of_block(dim_v_);
-    multiply<kParts, false>(product(value_rows_, key, keys, dout, dim_v_, to));
+    return product(value_rows_, key, keys, dout, dim_v_, to);
   }
 
   /// Weights and gradients of a tile, some keys after the other, while the products of the next ones are found: the
@@ -228,17 +228,23 @@ class TileBackward {
   void find_plain(std::int64_t block, int n, int begin, int keys) {
     const auto depth = static_cast<unsigned>((whole_depth(dim_) + whole_depth(dim_v_)) / kTileDepth);
     const unsigned pairs = (kStep / 2 + depth - 1) / depth;  // of keys, a step of depth
-    multiply_step(block, begin, 0, min_of(kStep, keys));
+    const auto scores = [&](int first, int count) {
+      return score_product(block, begin + first, count, scores_of(first));
+    };
+    const auto grads = [&](int first, int count) { return grad_product(block, begin + first, count, grads_of(first)); };
+    multiply<kParts, false>(scores(0, min_of(kStep, keys)));
+    multiply<kParts, false>(grads(0, min_of(kStep, keys)));
     for (int j = 0; j < keys; j += kStep) {
       const int next = j + kStep;
       const int count = min_of(kStep, keys - next);
       StepWeights weights(*this, block, n, begin, j);
       if (count > kTileSide) {
         const auto weigh = [&]() __attribute__((always_inline)) { weights.next(pairs); };
-        multiply_tiles<2, 2, kParts, false>(score_product(block, begin, next, count), 0, weigh);
-        multiply_tiles<2, 2, kParts, false>(grad_product(block, begin, next, count), 0, weigh);
+        multiply_tiles<2, 2, kParts, false>(scores(next, count), 0, weigh);
+        multiply_tiles<2, 2, kParts, false>(grads(next, count), 0, weigh);
       } else if (count > 0) {
-        multiply_step(block, begin, next, count);
+        multiply<kParts, false>(scores(next, count));
+        multiply<kParts, false>(grads(next, count));
       }
       if (next <= keys)
         weights.next(kStep / 2);
@@ -247,18 +253,6 @@ class TileBackward {
     }
   }
 
-  TileProduct score_product(std::int64_t block, int begin, int first, int count) {
-    const std::uint32_t* q = q_pairs_ + block * pairs_of_block(dim_);
-    return product(key_rows_, begin + first, count, q, dim_, scores_of(first));
-  }
-  TileProduct grad_product(std::int64_t block, int begin, int first, int count) {
-    const std::uint32_t* dout = dout_pairs_ + block * pairs_of_block(dim_v_);
-    return product(value_rows_, begin + first, count, dout, dim_v_, grads_of(first));
-  }
-  void multiply_step(std::int64_t block, int begin, int first, int count) {
-    multiply<kParts, false>(score_product(block, begin, first, count));
-    multiply<kParts, false>(grad_product(block, begin, first, count));
-  }
   float* scores_of(int key) const { return step_scores_ + (key / kStep & 1) * kStepFloats; }
   float* grads_of(int key) const { return step_grads_ + (key / kStep & 1) * kStepFloats; }
 
@@ -341,12 +335,12 @@ class TileBackward {
       std::int64_t block;
       int begin;
       void scores(const ScoreTile& t, const VecF* start) {
-        self.multiply_scores(block, begin, t.keys, t.data);
+        multiply<kParts, false>(self.score_product(block, begin, t.keys, t.data));
         const float unit = self.grads_.rules().query_scale();
         change_scores(t, [&](VecF x, int, int i) { return x * unit + start[i]; });
       }
       void grads(const ScoreTile& t, const VecF* start) {
-        self.multiply_grads(block, begin, t.keys, t.data);
+        multiply<kParts, false>(self.grad_product(block, begin, t.keys, t.data));
         change_scores(t, [&](VecF x, int, int i) { return x + start[i]; });
       }
     };
